@@ -46,6 +46,24 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+def parse_args(cls: type, toy: Any = None) -> Any:
+    """Parse the command line into a config dataclass with tyro: `--flag value` for every field.
+
+    toy  the defaults when the first word is 'toy' (the embedded world); None: no such word
+    """
+    import tyro
+
+    words = [{"true": "True", "false": "False"}.get(word, word) for word in sys.argv[1:]]
+    embedded = toy is not None and words[:1] == ["toy"]
+    return tyro.cli(
+        cls,
+        args=words[1:] if embedded else words,
+        default=toy if embedded else None,
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
 def write_atomic(path: str | Path, write: bytes | Callable[[Path], None]) -> None:
     """Write a file beside `path`, fsync it, rename it: a kill leaves the old file or the new one.
 
