@@ -12,14 +12,18 @@ Shapes: B batch, V views, T frames, H W pixels, A action width.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize_tensors
 
@@ -177,3 +181,55 @@ def config_from(cls: type, values: dict, where: str) -> Any:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: {cls.__name__} cannot be built: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------
+# Processes and pictures. Everyone may import this section too.
+
+
+class Processes(NamedTuple):
+    """This process among all that torchrun started."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+
+def init_processes(device: str | None = None, timeout_minutes: float = 60) -> Processes:
+    """Join the process group when torchrun started us (NCCL on CUDA, gloo elsewhere)."""
+    rank, world, local_rank = (
+        int(os.environ.get(name, value))
+        for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda":
+        where = torch.device("cuda", local_rank if where.index is None else where.index)
+        torch.cuda.set_device(where)
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "nccl" if where.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+        )
+    return Processes(rank, world, local_rank, where)
+
+
+def to_uint8(frames: torch.Tensor | np.ndarray) -> np.ndarray:
+    """Turn frames in [0, 1] into bytes; uint8 passes through."""
+    frames = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else frames
+    if frames.dtype == np.uint8:
+        return frames
+    return (np.clip(frames.astype(np.float32), 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def write_gif(path: str | Path, frames: torch.Tensor | np.ndarray, fps: float = 5) -> None:
+    """Write an endless GIF of frames (T, H, W, 3) with one palette for all of them: no flicker."""
+    frames = to_uint8(frames)
+    assert frames.ndim == 4 and frames.shape[-1] == 3, frames.shape
+    picked = frames[:: max(1, len(frames) // 16)]
+    palette = Image.fromarray(np.concatenate(picked)).quantize(256, Image.Quantize.FASTOCTREE)
+    images = [
+        Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames
+    ]
+    options = {"save_all": True, "append_images": images[1:], "duration": 1000 / fps, "loop": 0}
+    write_atomic(path, lambda temporary: images[0].save(temporary, "GIF", **options))
