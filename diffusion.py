@@ -1,0 +1,399 @@
+"""Train and roll out a world model: flow matching and DDPM over latent frames.
+
+    noise -> loss -> one denoising step -> one frame -> rollout
+
+Flow matching (Lipman et al. 2023; shifted times: Esser et al. 2024, sec. 5.3.2):
+
+    z_tau = (1 - tau) z + tau eps,            v = dz/dtau = eps - z
+
+DDPM (Ho et al. 2020) with v-prediction (Salimans & Ho 2022) and DDIM steps (Song et al. 2021):
+
+    z_k = sqrt(a_k) z + sqrt(1 - a_k) eps,    v = sqrt(a_k) eps - sqrt(1 - a_k) z
+
+Every frame has its own noise level. A rollout denoises one frame at a time, seen with the known
+frames of its window; noise levels, targets and steps are float32 even under autocast.
+
+Shapes: B batch, T frames, h w latent grid, C latent channels, A action width.
+    z, eps, z_tau, v  (B, T, h, w, C)   clean latents, unit Gaussian, noised latents, velocity
+    tau               (B, T)            noise level per frame: 0 clean, 1 noise
+    actions           (B, T, A)         action[t] stands beside frame t, drives t to t + 1
+    model             any callable (z_tau, tau, actions) -> v; a DiT also lends its context cache
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data import InputError, config_from
+
+HISTORY_NOISE = 0.3  # standard deviation of the noise strength on clean history in training
+DDPM_LEVELS = 1000
+DDPM_CONTEXT_LEVEL = 14
+
+# ------------------------------------------------------------------------------------------------
+# Equations.
+
+
+def time_shift(tokens: int, channels: int, minimum: float = 1.0) -> float:
+    """Give the shift g = sqrt(tokens * channels / 4096) of a latent space.
+
+    tokens    latent tokens a frame after the DiT's patching
+    channels  latent channels C
+    minimum   small latents are not shifted toward clean unless asked
+    """
+    return max((tokens * channels / 4096) ** 0.5, minimum)
+
+
+def shift_tau(tau: Tensor, g: float) -> Tensor:
+    """Move noise levels toward noise: g tau / (1 + (g - 1) tau)    [Esser et al. 2024, eq. 23]."""
+    return g * tau / (1 + (g - 1) * tau)
+
+
+def per_frame(level: Tensor) -> Tensor:
+    """Let (B, T) multiply (B, T, h, w, C)."""
+    return level[:, :, None, None, None]
+
+
+def interpolate(z: Tensor, eps: Tensor, tau: Tensor) -> Tensor:
+    """Move clean latents along the straight path toward noise: (1 - tau) z + tau eps."""
+    return (1 - per_frame(tau)) * z + per_frame(tau) * eps
+
+
+@functools.lru_cache(maxsize=8)
+def alphas_cumprod(device: str | torch.device = "cpu") -> Tensor:
+    """Give the products a_k of the sigmoid schedule, start -3, end 3, tau 1  [arXiv 2212.11972].
+
+    ->  (1000,)  float32; betas are computed in float64 and clipped at 0.999
+    """
+    with torch.inference_mode(False):
+        s = torch.linspace(-3, 3, DDPM_LEVELS + 1, dtype=torch.float64).sigmoid()
+        a = (s[-1] - s) / (s[-1] - s[0])
+        betas = (1 - a[1:] / a[:-1]).clamp(0, 0.999)
+        return (1 - betas).cumprod(0).float().to(device)
+
+
+def draw(
+    kind: Callable, shape: tuple[int, ...], like: Tensor, generator=None, shard=(0, 1)
+) -> Tensor:
+    """Draw for the global batch and take this process's slice, so that N processes equal one.
+
+    kind   torch.randn or torch.rand
+    shape  of this process's share; its first axis is the batch
+    like   gives the device; draws happen on the generator's device, in float32
+    shard  (index, count) of this process
+    """
+    index, count = shard
+    B = shape[0]
+    device = like.device if generator is None else generator.device
+    drawn = kind((count * B, *shape[1:]), generator=generator, device=device)
+    return drawn[index * B : (index + 1) * B].to(like.device)
+
+
+def null_action(actions: Tensor) -> Tensor:
+    """Replace actions by "no action": zeros with the last entry 1."""
+    null = torch.zeros_like(actions)
+    null[..., -1] = 1
+    return null
+
+
+def both(x: Tensor, guidance: float) -> Tensor:
+    """Repeat a batch for the branches (with action, without) of guidance."""
+    return x if guidance == 1.0 else torch.cat((x, x))
+
+
+def both_actions(actions: Tensor, guidance: float) -> Tensor:
+    """Put the null actions behind the actions, as the second branch of guidance."""
+    return actions if guidance == 1.0 else torch.cat((actions, null_action(actions)))
+
+
+def guide(v: Tensor, guidance: float) -> Tensor:
+    """Join the branches: v_null + guidance (v_cond - v_null)     [Ho & Salimans 2022]."""
+    if guidance == 1.0:
+        return v.float()
+    v_cond, v_null = v.float().chunk(2)
+    return v_null + guidance * (v_cond - v_null)
+
+
+def check_clip(z: Tensor, actions: Tensor, num_history: int) -> None:
+    """Refuse a training clip whose parts do not fit."""
+    if z.ndim != 5 or actions.ndim != 3 or z.shape[:2] != actions.shape[:2]:
+        raise InputError(
+            f"loss got latents {tuple(z.shape)} and actions {tuple(actions.shape)}; "
+            "give (B, T, h, w, C) and (B, T, A)"
+        )
+    if not 0 <= num_history < z.shape[1]:
+        raise InputError(
+            f"num_history is {num_history} for clips of {z.shape[1]} frames; "
+            f"choose 0 to {z.shape[1] - 1}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------
+# Objectives.
+
+
+@dataclass
+class Objective:
+    """Share the climb from one denoising step to a rollout; subclasses give levels and steps."""
+
+    shift: float = 1.0  # g of `shift_tau`, see `time_shift`
+    steps: int = 10  # denoising steps a frame
+
+    def __post_init__(self):
+        if not self.shift > 0:
+            raise InputError(f"shift is {self.shift}; choose a number above 0")
+        if self.steps < 1:
+            raise InputError(f"steps is {self.steps}; choose at least 1")
+
+    def to_dict(self) -> dict:
+        """Give what `objective_from` reads."""
+        name = next(name for name, kind in OBJECTIVES.items() if kind is type(self))
+        return {"name": name, **dataclasses.asdict(self)}
+
+    def levels(self) -> list[float]:
+        """Give the noise level tau of every denoising step, from noise to clean."""
+        raise NotImplementedError
+
+    def step(self, z: Tensor, v: Tensor, k: int) -> Tensor:
+        """Take denoising step k with velocity v."""
+        raise NotImplementedError
+
+    def condition(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Give known frames as the model sees them: (z_tau, tau)."""
+        raise NotImplementedError
+
+    def denoise(self, velocity: Callable[[Tensor, int], Tensor], z: Tensor) -> Tensor:
+        """Go from noise to a clean frame; velocity(z, k) is v at step k."""
+        for k in range(self.steps):
+            z = self.step(z, velocity(z, k), k)
+        return z
+
+    def next_frame_uncached(
+        self, model: Callable, z: Tensor, actions: Tensor, eps: Tensor, guidance: float = 1.0
+    ) -> Tensor:
+        """Denoise the frame after z, recomputing the whole window at every step.
+
+        z (B, n, h, w, C), actions (B, n+1, A), eps (B, 1, h, w, C)  ->  (B, 1, h, w, C)
+        """
+        levels = self.levels()
+        z_known, tau_known = self.condition(z)
+        actions = both_actions(actions, guidance)
+
+        def velocity(z_new: Tensor, k: int) -> Tensor:
+            tau = torch.cat((tau_known, tau_known.new_full((len(z), 1), levels[k])), 1)
+            window = torch.cat((z_known, z_new), 1)
+            v = model(both(window, guidance), both(tau, guidance), actions)
+            return guide(v[:, -1:], guidance)
+
+        return self.denoise(velocity, eps)
+
+    def encode_context(self, model, z: Tensor, actions: Tensor, guidance: float = 1.0, cache=None):
+        """Compute the context cache of known frames (B, n, ...), n < max_frames, n = 0 allowed."""
+        z, tau = (both(x, guidance) for x in self.condition(z))
+        return model.encode_context(z, tau, both_actions(actions, guidance), cache)
+
+    def append(self, model, cache, z: Tensor, action: Tensor, guidance: float = 1.0) -> None:
+        """Add one known frame (B, 1, h, w, C) with its action (B, A) to the cache."""
+        z, tau = (both(x, guidance) for x in self.condition(z))
+        action = both_actions(action[:, None], guidance)
+        model.append(z, model.modulations(tau, action), cache)
+
+    def next_frame(
+        self, model, cache, action: Tensor, eps: Tensor, guidance: float = 1.0
+    ) -> Tensor:
+        """Denoise the frame after the cached ones; the cache itself stays as it is.
+
+        action (B, A) beside the new frame, eps (B, 1, h, w, C)  ->  (B, 1, h, w, C)
+        """
+        tau = torch.tensor(self.levels()[: self.steps], device=eps.device)
+        tau = tau.expand(len(eps) * (1 if guidance == 1.0 else 2), -1)
+        actions = both_actions(action[:, None].expand(-1, self.steps, -1), guidance)
+        modulations = model.modulations(tau, actions)
+
+        def velocity(z: Tensor, k: int) -> Tensor:
+            at_k = [m[:, k : k + 1] for m in modulations]
+            return guide(model.denoise(both(z, guidance), at_k, cache), guidance)
+
+        return self.denoise(velocity, eps)
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        model: Callable,
+        z_context: Tensor,
+        actions: Tensor,
+        num_frames: int,
+        guidance: float = 1.0,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        context: str = "exact",
+    ) -> Tensor:
+        """Dream num_frames frames after z_context, one at a time.
+
+        The window is `model.config.max_frames`; a callable without config sees all frames.
+
+        z_context  (B, n, h, w, C)             known frames, returned unchanged in front
+        actions    (B, n + num_frames, A)
+        guidance   1.0 skips the branch without actions
+        noise      (B, num_frames, h, w, C)    fixes every draw; else drawn from `generator`
+        context    exact: a full window is encoded anew for every frame; rolling: it keeps its
+                   keys and values while sliding (approximate, 11 frame passes instead of 19)
+        ->         (B, n + num_frames, h, w, C)
+        """
+        B, n, *cell = z_context.shape
+        total = n + num_frames
+        if actions.shape[:2] != (B, total):
+            raise InputError(
+                f"rollout of {n} + {num_frames} frames got actions {tuple(actions.shape)}; "
+                f"give ({B}, {total}, A), one action beside every frame"
+            )
+        if noise is None:
+            noise = draw(torch.randn, (B, num_frames, *cell), z_context, generator)
+        if noise.shape != (B, num_frames, *cell):
+            raise InputError(
+                f"rollout got noise {tuple(noise.shape)}; give {(B, num_frames, *cell)}"
+            )
+        if context not in ("exact", "rolling"):
+            raise InputError(f"context is {context!r}; choose exact or rolling")
+        window = model.config.max_frames if hasattr(model, "config") else total
+        cached, cache = hasattr(model, "encode_context"), None
+        z = torch.cat((z_context.float(), noise.float()), 1)
+        for t in range(n, total):
+            first, eps = max(0, t + 1 - window), z[:, t : t + 1]
+            if not cached:
+                past, acts = z[:, first:t], actions[:, first : t + 1]
+                z[:, t : t + 1] = self.next_frame_uncached(model, past, acts, eps, guidance)
+                continue
+            if cache is None or (cache.full and context == "exact"):
+                past, acts = z[:, first:t], actions[:, first:t]
+                cache = self.encode_context(model, past, acts, guidance, cache)
+            else:
+                self.append(model, cache, z[:, t - 1 : t], actions[:, t - 1], guidance)
+            z[:, t : t + 1] = self.next_frame(model, cache, actions[:, t], eps, guidance)
+        return z
+
+
+@dataclass
+class FlowMatching(Objective):
+    """Move frames along straight paths; predict the derivative eps - z."""
+
+    context_tau: float = 0.01  # noise level that known frames are said to have in a rollout
+    time_dist: str = "logit_normal"  # logit_normal | uniform, before the shift
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.context_tau <= 1:
+            raise InputError(f"context_tau is {self.context_tau}; choose a level in [0, 1]")
+        if self.time_dist not in ("logit_normal", "uniform"):
+            raise InputError(f"time_dist is {self.time_dist!r}; choose logit_normal or uniform")
+
+    def loss(
+        self,
+        model: Callable,
+        z: Tensor,
+        actions: Tensor,
+        num_history: int,
+        generator=None,
+        shard: tuple[int, int] = (0, 1),
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Give the mean squared error of v on the frames after the history.
+
+        History is clean (tau 0) but for noise of random strength: (z + s n) / sqrt(1 + s^2),
+        s ~ 0.3 N(0, 1) per frame.
+        """
+        check_clip(z, actions, num_history)
+        z, (B, T), n = z.float(), z.shape[:2], num_history
+        normal = functools.partial(draw, torch.randn, like=z, generator=generator, shard=shard)
+        if self.time_dist == "uniform":
+            tau = draw(torch.rand, (B, T), z, generator, shard)
+        else:
+            tau = normal((B, T)).sigmoid()
+        eps, strength = normal(z.shape), per_frame(HISTORY_NOISE * normal((B, T)))
+        tau = shift_tau(tau, self.shift)
+        tau[:, :n] = 0
+        z_tau = interpolate(z, eps, tau)
+        z_tau[:, :n] = ((z + strength * eps) / (1 + strength**2).sqrt())[:, :n]
+        v = model(z_tau, tau, actions).float()
+        error = (v - (eps - z))[:, n:].square().mean((2, 3, 4))  # (B, T - n)
+        loss = error.mean()
+        return loss, {"loss": loss.detach()}
+
+    def levels(self) -> list[float]:
+        grid = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)
+        return shift_tau(grid, self.shift).tolist()
+
+    def step(self, z: Tensor, v: Tensor, k: int) -> Tensor:
+        """Follow v to the next level (Euler)."""
+        levels = self.levels()
+        return z + (levels[k + 1] - levels[k]) * v
+
+    def condition(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z, z.new_full(z.shape[:2], self.context_tau)
+
+
+@dataclass
+class DDPM(Objective):
+    """Diffuse in 1000 levels; predict v = sqrt(a) eps - sqrt(1 - a) z."""
+
+    def loss(
+        self,
+        model: Callable,
+        z: Tensor,
+        actions: Tensor,
+        num_history: int,
+        generator=None,
+        shard: tuple[int, int] = (0, 1),
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Give the mean squared error of v; every frame is noised and predicted.
+
+        The level of each frame is floor(1000 shift(u)), u uniform; history is not special.
+        """
+        check_clip(z, actions, num_history)
+        z = z.float()
+        u = shift_tau(draw(torch.rand, z.shape[:2], z, generator, shard), self.shift)
+        eps = draw(torch.randn, z.shape, z, generator, shard)
+        level = (DDPM_LEVELS * u).long().clamp(max=DDPM_LEVELS - 1)  # rounding can give 1000
+        a = per_frame(alphas_cumprod(z.device)[level])
+        v = model(a.sqrt() * z + (1 - a).sqrt() * eps, level / DDPM_LEVELS, actions).float()
+        error = (v - (a.sqrt() * eps - (1 - a).sqrt() * z)).square().mean((2, 3, 4))  # (B, T)
+        loss = error.mean()
+        return loss, {"loss": loss.detach()}
+
+    def grid(self) -> list[int]:
+        """Give linspace(-1, 999, steps + 1) from noise to clean, as integers; -1 is clean."""
+        grid = torch.linspace(-1, DDPM_LEVELS - 1, self.steps + 1, dtype=torch.float64)
+        return grid.long().flip(0).tolist()
+
+    def levels(self) -> list[float]:
+        return [level / DDPM_LEVELS for level in self.grid()]
+
+    def step(self, z: Tensor, v: Tensor, k: int) -> Tensor:
+        """Estimate the clean frame and its noise, and mix them at the next level (DDIM, eta 0)."""
+        a, a_next = (
+            1.0 if level < 0 else alphas_cumprod()[level].item() for level in self.grid()[k : k + 2]
+        )
+        clean = a**0.5 * z - (1 - a) ** 0.5 * v
+        eps = (1 - a) ** 0.5 * z + a**0.5 * v
+        return a_next**0.5 * clean + (1 - a_next) ** 0.5 * eps
+
+    def condition(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        a = alphas_cumprod()[DDPM_CONTEXT_LEVEL].item()
+        return a**0.5 * z, z.new_full(z.shape[:2], DDPM_CONTEXT_LEVEL / DDPM_LEVELS)
+
+
+OBJECTIVES = {"flow_matching": FlowMatching, "ddpm": DDPM}
+
+
+def objective_from(values: dict, where: str = "objective") -> Objective:
+    """Build an objective from what `Objective.to_dict` stored."""
+    values = dict(values)
+    name = values.pop("name", None)
+    if name not in OBJECTIVES:
+        raise InputError(f"{where}: no objective {name!r}; choose {' or '.join(OBJECTIVES)}")
+    return config_from(OBJECTIVES[name], values, where)
