@@ -1,33 +1,49 @@
 """Read, convert and serve robot episodes; own every file that the project writes.
 
-Sources: Bridge V2 in RLDS layout (Walke et al. 2023, arXiv 2308.12952), our embedded toy world.
+    python data.py --dataset_name bridge_v2 --output_dir ./data                 download and convert
+    python data.py --dataset_name bridge_v2 --output_dir ./data --source DIR    convert what is here
+    python data.py --inspect ./data/bridge_v2                                   look at the result
 
-    shard.tfrecord --read--> episode --convert--> NNNNNNNNN.safetensors --EpisodeDataset--> clip
+    shard or folder --read--> episode --convert--> NNNNNNNNN.safetensors --EpisodeDataset--> clip
 
-Shapes: B batch, V views, T frames, H W pixels, A action width.
+Shapes: B batch, V views, T frames, H W pixels, h w C latent grid and channels, A action width.
     frames   (T, H, W, 3) or (V, T, H, W, 3)   float32 in [0, 1]
     actions  (T, A)                            action[t] drives frame t to frame t + 1
+Sources: RLDS (Ramos et al. 2021, arXiv 2111.02767), Bridge V2 (Walke et al. 2023, arXiv
+2308.12952), Open X-Embodiment (arXiv 2310.08864), and the released code of arXiv 2605.06388.
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import dataclasses
 import datetime
+import errno
+import functools
 import hashlib
+import http.client
 import io
 import itertools
 import json
 import os
+import re
 import sys
+import threading
+import time
+import urllib.request
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed
 import torch.utils.data
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize_tensors
 from tqdm import tqdm
@@ -104,22 +120,26 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: d
     write_atomic(path, serialize_tensors(tensors, {"metadata": json.dumps(metadata)}))
 
 
-def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict, dict]:
-    """Read a safetensors file: ({name: tensor}, our metadata or {}).
-
-    Raises MissingFileError, or InputError when the file is truncated or of another format.
-    """
+@contextlib.contextmanager
+def open_tensors(path: str | Path, framework: str = "pt", device: Any = "cpu") -> Iterator[tuple]:
+    """Open a safetensors file of ours: (file, metadata); what goes wrong becomes an InputError."""
     if not Path(path).is_file():
         raise MissingFileError(f"{path}: no such file; check the path")
     try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            metadata = json.loads((file.metadata() or {}).get("metadata", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        with safe_open(str(path), framework=framework, device=str(device)) as file:
+            yield file, json.loads((file.metadata() or {}).get("metadata", "{}"))
+    except InputError:
+        raise
+    except (SafetensorError, LookupError, TypeError, ValueError, OSError) as error:
         raise InputError(
-            f"{path}: not a readable safetensors file ({error}); it is truncated or of another "
-            "format: copy or write it again"
+            f"{path}: truncated, damaged or of another format ({error}); copy or write it again"
         ) from error
+
+
+def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict, dict]:
+    """Read a safetensors file: ({name: tensor}, our metadata or {})."""
+    with open_tensors(path, device=device) as (file, metadata):
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata
 
 
 def load_torch(path: str | Path) -> Any:
@@ -302,7 +322,7 @@ def write_episode(
     actions, counts = np.asarray(actions, np.float32), {len(view) for view in frames}
     if not len(actions) or counts != {len(actions)} or actions.shape[1:] != (ACTION_DIM,):
         raise InputError(
-            f"{path}: {sorted(counts)} frames and actions {actions.shape}; give each frame one "
+            f"{path}: {sorted(counts)} frames beside actions {actions.shape}; give every frame one "
             f"action of width {ACTION_DIM}"
         )
     if not np.isfinite(actions).all():
@@ -325,11 +345,7 @@ class Episode:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise MissingFileError(f"{path}: no such episode; {REMEDY}")
-        try:
-            file = safe_open(str(path), framework="numpy")
-            self.metadata = json.loads(file.metadata()["metadata"])
+        with open_tensors(path, "numpy") as (file, self.metadata):
             self.views = list(self.metadata["views"])
             self.actions, self.offsets = file.get_tensor("actions"), file.get_tensor("offsets")
             self.jpeg, ends = file.get_slice("jpeg"), self.offsets
@@ -337,11 +353,8 @@ class Episode:
             sound = kinds == (np.float32, np.int64, "U8") and np.isfinite(self.actions).all()
             sound &= self.actions.shape[1:] == (ACTION_DIM,) and len(self.actions) > 0
             sound &= ends.shape == (len(self.views) * len(self.actions) + 1,) and ends[0] == 0
-            sound &= bool((np.diff(ends) > 0).all()) and [ends[-1]] == self.jpeg.get_shape()
-        except (SafetensorError, KeyError, IndexError, TypeError, ValueError, OSError) as error:
-            raise InputError(f"{path}: not an episode file ({error!r}); {REMEDY}") from error
-        if not sound:
-            raise InputError(f"{path}: damaged actions or frame offsets; {REMEDY}")
+            if not (sound and (np.diff(ends) > 0).all() and [ends[-1]] == self.jpeg.get_shape()):
+                raise ValueError("actions or frame offsets make no sense")
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -355,22 +368,11 @@ class Episode:
 
     def frames(self, times: Iterable[int], views: Iterable[int], size: int | None) -> np.ndarray:
         """Decode frames to uint8 (V, T, H, W, 3)."""
-        where, (times, views) = str(self.path), (list(times), list(views))
-        out = None
-        for v, view in enumerate(views):
-            for i, t in enumerate(times):
-                frame = decode_frame(self.jpeg_bytes(t, view), size, where)
-                out = (
-                    np.empty((len(views), len(times), *frame.shape), np.uint8)
-                    if out is None
-                    else out
-                )
-                if frame.shape != out.shape[2:]:
-                    raise InputError(
-                        f"{where}: frames differ in size; {REMEDY} with one image_size"
-                    )
-                out[v, i] = frame
-        return out
+        where, times = str(self.path), list(times)
+        rows = [[decode_frame(self.jpeg_bytes(t, v), size, where) for t in times] for v in views]
+        if len({frame.shape for row in rows for frame in row}) > 1:
+            raise InputError(f"{where}: the frames differ in size; {REMEDY} with one image_size")
+        return np.stack([np.stack(row) for row in rows])
 
 
 def read_episode(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
@@ -406,12 +408,10 @@ def read_index(folder: str | Path) -> tuple[dict, list[dict]]:
         )
     try:
         header, *records = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-        for key, kind in (("fps", (int, float)), ("action_mapping", str)):
-            if not isinstance(header[key], kind):
-                raise TypeError(f"{key} is {header[key]!r}")
         for entry in [e for r in records for es in r["episodes"].values() for e in es]:
             if not isinstance(entry["number"], int) or entry["length"] < 1 or not entry["views"]:
                 raise ValueError(f"entry {entry}")
+        float(header["fps"]), str(header["action_mapping"])
         return header, list({record["shard"]: record for record in records}.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged index ({error!r}); {REMEDY}") from error
@@ -421,6 +421,586 @@ def read_split(folder: str | Path, split: str) -> tuple[dict, list[dict]]:
     """Return the description of a data set and the index entries of one split."""
     header, records = read_index(folder)
     return header, [entry for record in records for entry in record["episodes"].get(split, ())]
+
+
+# ------------------------------------------------------------------------------------------------
+# Public data sets: where they are and what their actions mean.
+
+
+class ActionMapping(NamedTuple):
+    """Raw actions to model units: clip(gain * (raw - mean), -limit, limit), and the gripper."""
+
+    xyz_gain: Any = 1.0
+    xyz_limit: float = np.inf
+    rotation_gain: float = 1.0
+    rotation_limit: float = np.inf
+    gripper: str = "raw"  # or "open": 1 is open, 0 closed; or "policy": open above 0.8
+    xyz_mean: Any = 0.0
+
+
+_JACO_STD = np.array((0.12234575, 0.09676983, 0.11155209))
+ACTION_MAPPINGS = {  # bounds of the released code of arXiv 2605.06388
+    "raw": ActionMapping(),
+    "bridge": ActionMapping(1.75 / 0.05, 1.74, 1.4 / 0.25, 1.39, "open"),
+    "bridge_policy": ActionMapping(1.75 / 0.05, 1.75, 1.4 / 0.25, 1.4, "policy"),
+    "libero": ActionMapping(1.75 / 1.0, 1.74, 1.4 / 0.4, 1.39),
+    "taco_play": ActionMapping(1.75 / 0.05, 1.74, 1.4 / 0.25, 1.39),
+    "jaco_play": ActionMapping(1 / _JACO_STD, xyz_mean=(0.00096585, -0.00580069, -0.00395066)),
+    "nyu_door": ActionMapping(20.0, rotation_gain=15.0),
+    "viola": ActionMapping(1.75, rotation_gain=3.0),
+    "autolab_ur5": ActionMapping(100.0, rotation_gain=15.0),
+    "toto": ActionMapping(2.0),  # its gripper stays 1 = open, 0 = closed, as in that code
+}
+
+
+def map_actions(raw: np.ndarray, mapping: str) -> np.ndarray:
+    """Map a robot's actions (..., 7 to 10) to model units (..., 10); missing entries are 0."""
+    raw, m = np.asarray(raw, np.float64), ACTION_MAPPINGS.get(mapping)
+    if m is None:
+        raise InputError(f"action mapping {mapping!r}: use one of {', '.join(ACTION_MAPPINGS)}")
+    if not raw.ndim or not 7 <= raw.shape[-1] <= ACTION_DIM:
+        raise InputError(f"actions are {raw.shape}; the last axis must have 7 to {ACTION_DIM}")
+    out = np.zeros((*raw.shape[:-1], ACTION_DIM), np.float32)
+    out[..., : raw.shape[-1]] = raw
+    out[..., :3] = np.clip((raw[..., :3] - m.xyz_mean) * m.xyz_gain, -m.xyz_limit, m.xyz_limit)
+    out[..., 3:6] = np.clip(raw[..., 3:6] * m.rotation_gain, -m.rotation_limit, m.rotation_limit)
+    if m.gripper != "raw":
+        is_open = np.round(raw[..., 6]) if m.gripper == "open" else raw[..., 6] > 0.8
+        out[..., 6] = 1 - 2 * is_open
+    return out
+
+
+class Source(NamedTuple):
+    """A public RLDS data set."""
+
+    url: str
+    gigabytes: int | None  # None: not known
+    cameras: tuple[str, ...]  # image keys; the first is the main camera
+    mapping: str
+    fps: float
+    success: str = ""  # key in episode_metadata, or "reward": that of the last step
+
+
+_RAIL, _GCS = "https://rail.eecs.berkeley.edu/datasets/", "gs://gresearch/robotics/"
+_BRIDGE, _VIEWS = _RAIL + "bridge_release/data/tfds/bridge_dataset/1.0.0", ("image_0",)
+_LIBERO = "https://huggingface.co/datasets/openvla/modified_libero_rlds/resolve/main/libero_"
+_AUTOLAB, _NYU = "berkeley_autolab_ur5", "nyu_door_opening_surprising_effectiveness"
+_IMAGE = ("image",)
+SOURCES = {
+    "bridge_v2": Source(_BRIDGE, 124, _VIEWS, "bridge", 5, "reward"),
+    "bridge_v2_multiview": Source(
+        _BRIDGE, 124, (*_VIEWS, "image_1", "image_2", "image_3"), "bridge", 5, "reward"
+    ),
+    "soar": Source(_RAIL + "soar_release/1.0.0", None, _VIEWS, "bridge", 5, "success"),
+    "bridge": Source(_GCS + "bridge/0.1.0", 387, _IMAGE, "bridge", 5),  # not V2
+    "rt_1": Source(_GCS + "fractal20220817_data/0.1.0", 111, _IMAGE, "raw", 3, "reward"),
+    "taco_play": Source(_GCS + "taco_play/0.1.0", 48, ("rgb_static",), "taco_play", 15),
+    "jaco_play": Source(_GCS + "jaco_play/0.1.0", 9, _IMAGE, "jaco_play", 10),
+    "berkeley_cable_routing": Source(_GCS + "berkeley_cable_routing/0.1.0", 5, _IMAGE, "raw", 10),
+    "roboturk": Source(_GCS + "roboturk/0.1.0", 45, ("front_rgb",), "raw", 10),
+    _NYU: Source(f"{_GCS}{_NYU}/0.1.0", 7, _IMAGE, "nyu_door", 3),
+    "viola": Source(_GCS + "viola/0.1.0", 10, ("agentview_rgb",), "viola", 20),
+    _AUTOLAB: Source(f"{_GCS}{_AUTOLAB}/0.1.0", 76, _IMAGE, "autolab_ur5", 5),
+    "toto": Source(_GCS + "toto/0.1.0", 128, _IMAGE, "toto", 30),
+} | {
+    f"libero_{k}": Source(f"{_LIBERO}{k}_no_noops/1.0.0", None, _IMAGE, "libero", 20, "reward")
+    for k in ("10", "object", "goal", "spatial")
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading: RLDS shards without TensorFlow, and a user's own episodes.
+
+
+def _linear(tables: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return tables[0][x & 0xFFFF] ^ tables[1][x >> 16]
+
+
+@functools.cache
+def _append_zeros(power: int) -> np.ndarray:
+    """Tabulate what 2^power zero bytes do to a CRC state, for its low and its high 16 bits."""
+    if power:
+        return _linear(_append_zeros(power - 1), _append_zeros(power - 1))
+    x = np.arange(65536, dtype=np.uint32)
+    x = np.stack([x, x << 16])
+    for _ in range(8):
+        x = (x >> 1) ^ (x & 1) * np.uint32(0x82F63B78)  # Castagnoli's polynomial, reflected
+    return x
+
+
+def masked_crc32c(message: bytes) -> int:
+    """Compute TFRecord's checksum in NumPy lanes that advance side by side, then join in pairs.
+
+    state(a b) = zeros(state(a), len b) ^ state(b): the state is linear, leading zeros do nothing,
+    and the start state 0xFFFFFFFF is carried past the message on its own.     [RFC 3720, B.4]
+    """
+    size = len(message)
+    power = max(2, min(9, size.bit_length() // 2))  # 2^power bytes a lane
+    padded = np.zeros(-(-size >> power) << power, np.uint8)
+    padded[len(padded) - size :] = np.frombuffer(message, np.uint8)
+    lanes = padded.view("<u4").reshape(-1, 1 << power >> 2)
+    state = np.zeros(max(1, len(lanes)), np.uint32)
+    for word in lanes.T if size else ():
+        state = _linear(_append_zeros(2), state ^ word)
+    while len(state) > 1:
+        state = np.pad(state, (len(state) % 2, 0))
+        state, power = _linear(_append_zeros(power), state[::2]) ^ state[1::2], power + 1
+    start = np.uint32(0xFFFFFFFF)
+    for bit in [bit for bit in range(size.bit_length()) if size >> bit & 1]:
+        start = _linear(_append_zeros(bit), start)
+    crc = int(state[0] ^ start) ^ 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def read_record(file: BinaryIO, size: int, check: bool) -> bytes:
+    """Read one TFRecord of a file of `size` bytes: u64 length | its CRC | payload | its CRC.
+
+    Raises InputError. The file then stands behind the record, or at its end where the length is
+    damaged, since nothing can be found behind that.
+    """
+    where, header = f"{file.name}: record at byte {file.tell()}", file.read(12)
+    length = int.from_bytes(header[:8], "little")
+    sound = len(header) == 12 and masked_crc32c(header[:8]) == int.from_bytes(header[8:], "little")
+    if not sound or file.tell() + length + 4 > size:
+        file.seek(size)
+        fault = "is cut off" if sound else "has a damaged length"
+        raise InputError(f"{where} {fault}; fetch the shard again")
+    payload, stored = file.read(length), int.from_bytes(file.read(4), "little")
+    if check and masked_crc32c(payload) != stored:
+        raise InputError(f"{where} has a wrong checksum; fetch the shard again")
+    return payload
+
+
+def load_features(folder: Path, source: Source) -> tuple[Any, Any]:
+    """Load an RLDS schema: (features, decoders that leave every image as bytes).
+
+    Raises InputError where a feature we need is missing, or a class from outside
+    tensorflow-datasets would have to be imported.
+    """
+    import tensorflow_datasets as tfds
+
+    def refuse_foreign(node: dict) -> dict:
+        for name in (node.get("pythonClassName"), node.get("type")):
+            if isinstance(name, str) and not name.startswith("tensorflow_datasets."):
+                raise InputError(f"{folder}/features.json: class {name} is not from RLDS; refused")
+        return node
+
+    def skip_images(node: Any) -> Any:
+        node = node.feature if isinstance(node, tfds.features.Dataset) else node
+        if isinstance(node, tfds.features.Image):
+            return tfds.decode.SkipDecoding()
+        if isinstance(node, tfds.features.FeaturesDict):
+            return {name: found for name in node if (found := skip_images(node[name]))}
+
+    try:
+        json.loads((folder / "features.json").read_text(), object_hook=refuse_foreign)
+        features = tfds.builder_from_directory(folder).info.features
+        steps = features["steps"].feature
+        wanted = {
+            "observation": steps,
+            "action": steps,
+            **dict.fromkeys(source.cameras, steps["observation"]),
+        }
+    except InputError:
+        raise
+    except Exception as error:  # tfds raises a dozen types
+        raise InputError(f"{folder}: no RLDS schema to read ({error!r}); fetch it again") from error
+    for name, node in wanted.items():
+        if name not in node:
+            raise InputError(
+                f"{folder}: no feature {name!r} among {', '.join(node)}; is this another data set?"
+            )
+    return features, skip_images(features)
+
+
+def raw_action(action: Any) -> np.ndarray:
+    """Flatten one step's action, a vector or a dict of parts, to at most 10 numbers.
+
+    The last entry, a base rotation in RT-1, stays 0: it is the models' "no action" flag.
+    """
+    if isinstance(action, dict):
+        action = action.get("rel_actions_world", action)
+    if not isinstance(action, dict):
+        return np.asarray(action, np.float32)
+    flat = np.zeros(ACTION_DIM, np.float32)
+    flat[:3] = action["world_vector"]
+    for name, start, stop in (
+        ("rotation_delta", 3, 6),
+        ("gripper_closedness_action", 6, 7),
+        ("open_gripper", 6, 7),
+        ("base_displacement_vector", 7, 9),
+    ):
+        if name in action:
+            flat[start:stop] = np.ravel(action[name])
+    return flat
+
+
+def unpack_example(example: dict, source: Source) -> tuple[list, np.ndarray, dict]:
+    """Take frames of the cameras that are there, raw actions and metadata out of an RLDS episode.
+
+    A camera is missing where its flag has_<camera> says so, or, without a flag, where it is black.
+    """
+    steps, about = list(example["steps"]), example.get("episode_metadata", {})
+    frames, views = [], []
+    for view, camera in enumerate(source.cameras):
+        images = [step["observation"][camera] for step in steps]
+        there = about.get(f"has_{camera}")
+        if there or (there is None and (not view or decode_frame(images[0], None, "").max() > 15)):
+            frames, views = [*frames, images], [*views, view]
+    if views[:1] != [0]:
+        raise InputError(f"the main camera {source.cameras[0]} is missing")
+    places = itertools.product(
+        (steps[0]["observation"], steps[0]),
+        ("natural_language_instruction", "language_instruction"),
+    )
+    language = next((place[key] for place, key in places if place.get(key)), b"")
+    success = {**about, "reward": steps[-1].get("reward")}.get(source.success)
+    return (
+        frames,
+        np.stack([raw_action(step["action"]) for step in steps]),
+        {
+            "views": views,
+            "language": language.decode(errors="replace"),
+            "success": None if success is None else bool(success > 0.5),
+            "episode": str(about.get("file_path", b""), "utf-8", "replace"),
+        },
+    )
+
+
+def read_shard(path: Path, source: Source, schema: tuple[Any, Any], check: bool) -> Iterator[Any]:
+    """Yield (frames, raw actions, metadata) of every episode, or the InputError in its place."""
+    with open(path, "rb") as file:
+        size = path.stat().st_size
+        while file.tell() < size:
+            try:
+                record = read_record(file, size, check)
+                example = schema[0].deserialize_example_np(record, decoders=schema[1])
+                yield unpack_example(example, source)
+            except InputError as error:
+                yield error
+            except Exception as error:  # protobuf, tfds and NumPy raise a dozen types
+                yield InputError(f"does not match features.json ({error!r})")
+
+
+def read_own(path: Path) -> Iterator[Any]:
+    """Yield the one episode of an .npz file, or of a folder of images with actions.npy."""
+    try:
+        if path.is_file():
+            with np.load(path) as file:
+                values = {name: file[name] for name in file.files}
+            frames, actions = values.pop("frames"), values.pop("actions")
+            metadata = {name: value.item() for name, value in values.items()}
+        else:
+            cameras = sorted(p for p in path.iterdir() if p.is_dir()) or [path]
+            frames = [
+                [p.read_bytes() for p in sorted(camera.iterdir()) if p.suffix in PICTURES]
+                for camera in cameras
+            ]
+            actions, about = np.load(path / "actions.npy"), path / "metadata.json"
+            metadata = json.loads(about.read_bytes()) if about.exists() else {}
+        known = {k: metadata[k] for k in ("language", "success", "fps", "views") if k in metadata}
+        yield frames, actions, known
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        yield InputError(f"{path}: no episode to read ({error!r}); it needs frames and actions")
+
+
+# --- toy world: begin
+# --- toy world: end
+
+
+# ------------------------------------------------------------------------------------------------
+# Converting: shards come from a folder or over HTTPS and become episode files.
+
+TARGETS = {"train": "train", "val": "test", "validation": "test", "test": "test"}
+PICTURES = (".jpg", ".jpeg", ".png")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclasses.dataclass
+class Args:
+    """Download and convert robot data, or look at converted data.
+
+    Public sets are those of SOURCES in data.py. bridge_v2 comes from its authors (124 GB); `bridge`,
+    the copy in the Open X-Embodiment bucket, is an OLDER data set (387 GB, 480x640). Own data:
+    --source FOLDER with an .npz an episode (frames (T,H,W,3) or (V,T,H,W,3) uint8, actions (T,7..10),
+    optional language, success, fps), or a folder an episode (images in order of name, or a folder
+    of them a camera; actions.npy; optional metadata.json), below train/ and test/ or split by hash.
+    """
+
+    dataset_name: str = "bridge_v2"  # public data set, or the name of your own
+    output_dir: str = "./data"  # episodes go to <output_dir>/<dataset_name>/{train,test}
+    source: str = ""  # folder or URL to read instead of the public location
+    splits: str = ""  # splits to convert, comma-separated (default: all)
+    max_shards: int = 0  # convert only the first shards of each split (0: all)
+    image_size: int = 256  # frames of another size are resized
+    action_mapping: str = ""  # default: the data set's; own data: raw
+    fps: float = 0.0  # frames a second (default: the data set's; own data: 5)
+    num_workers: int = 4  # shards in flight at once
+    check_crc: bool = True  # verify the checksum of every record
+    on_error: Literal["stop", "skip"] = "stop"  # at a bad episode: stop, or leave it out, listed
+    inspect: str = ""  # folder of a converted data set to look at instead
+
+
+class Shard(NamedTuple):
+    """One unit of conversion; the index records it when all its episodes are written."""
+
+    name: str  # its file, below the source
+    target: str  # train, test, or "": each episode by a hash
+    first: int  # number of its first episode
+    count: int  # episodes that it should hold
+
+
+def hash_file(path: Path, method: str) -> Any:
+    """Return the hashlib object of a file's content."""
+    state = hashlib.new(method)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            state.update(chunk)
+    return state
+
+
+def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tries=8, pause=1.0):
+    """Download to `path`: resume, retry with growing pauses, check length and published MD5.
+
+    Raises InputError when the server refuses, or when `tries` attempts in a row got no further.
+    """
+    part, furthest, failures = path.with_name(path.name + ".part"), 0, 0
+    url = re.sub("^gs://", "https://storage.googleapis.com/", url)
+    while True:
+        have = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as reply, open(part, "ab") as out:
+                if not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                    out.truncate(have := 0)  # the server starts from the beginning
+                size = have + int(reply.headers["Content-Length"])
+                while chunk := reply.read(1 << 18):
+                    out.write(chunk)
+                    progress(len(chunk))
+            if part.stat().st_size != size:
+                raise ConnectionError(f"{part.stat().st_size} of {size} bytes came")
+            md5 = re.search("md5=([^, ]+)", ",".join(reply.headers.get_all("x-goog-hash", [])))
+            if not md5 or base64.b64decode(md5[1]) == hash_file(part, "md5").digest():
+                return os.replace(part, path)
+            part.unlink()
+            raise ConnectionError("the bytes that came have another MD5")
+        except (OSError, http.client.HTTPException) as error:
+            code = getattr(error, "code", 500)
+            if code == 416:
+                part.unlink()  # longer than the file: begin again
+            elif code < 500 and code not in (408, 429):
+                raise InputError(f"{url}: the server says {error}; check --source") from error
+            elif getattr(error, "errno", 0) in DISK_FULL:
+                raise
+            arrived = part.stat().st_size if part.exists() else 0
+            failures = 0 if arrived > furthest else failures + 1
+            furthest = max(furthest, arrived)
+            if failures >= tries:
+                raise InputError(f"{url}: {error!r}; run the same command later") from error
+            time.sleep(min(60.0, pause * 2**failures))
+
+
+def list_shards(folder: Path, local: bool, args: Args) -> tuple[list[Shard], int]:
+    """Name the RLDS shards to convert, and their bytes in all, as dataset_info.json lists them.
+
+    On disk a file's prefix need not be the data set's name, and shards may be missing.
+    """
+    found, shards, numbers, size, missing = {}, [], itertools.count(0, 10_000), 0, 0
+    for path in folder.iterdir() if local else ():
+        if match := re.fullmatch(r".+-([\w.]+)\.tfrecord-(\d{5})-of-\d{5}", path.name):
+            found[match[1], int(match[2])] = path.name
+    wanted = {s.strip() for s in args.splits.split(",") if s.strip()}
+    try:
+        info = json.loads((folder / "dataset_info.json").read_bytes())
+        targets = {split["name"]: TARGETS.get(split["name"], "") for split in info["splits"]}
+        for split in info["splits"]:
+            name, counts, taken = split["name"], [int(n) for n in split["shardLengths"]], 0
+            if not re.fullmatch(r"[\w.]+", name) or not re.fullmatch(r"[\w.]+", info["name"]):
+                raise ValueError(f"{info['name']!r} or {name!r} is no name")
+            for i, (count, first) in enumerate(zip(counts, numbers, strict=False)):
+                file = f"{info['name']}-{name}.tfrecord-{i:05d}-of-{len(counts):05d}"
+                file = found.get((name, i)) if local else file
+                if wanted and not wanted & {name, targets[name]} or taken == args.max_shards > 0:
+                    continue
+                elif file is None:
+                    missing += 1
+                    continue
+                taken += 1
+                target = targets[name] if "test" in targets.values() else ""
+                shards.append(Shard(file, target, first, count))
+            size += int(split["numBytes"]) * taken // max(1, len(counts))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: unreadable dataset_info.json ({error!r})") from error
+    if missing:
+        print(f"{folder}: {missing} of the shards in dataset_info.json are not here")
+    return shards, size
+
+
+def list_own(root: Path, folder: Path) -> list[Shard]:
+    """List the episodes of a user's own folder, numbered behind those converted before."""
+    foreign = "LeRobot" if (root / "meta/info.json").exists() else ""
+    if foreign or next(root.rglob("*.mp4"), None):
+        raise InputError(
+            f"{root}: a {foreign or 'MP4'} folder; write each episode as .npz with these two lines "
+            "and give their folder as --source\n"
+            '    frames = [f.to_ndarray(format="rgb24") for f in av.open(video).decode(video=0)]\n'
+            "    np.savez(name, frames=np.stack(frames), actions=actions, language=text)"
+        )
+    done = read_index(folder)[1] if (folder / "index.jsonl").exists() else []
+    numbers = [e["number"] for r in done for es in r["episodes"].values() for e in es]
+    names = {record["shard"] for record in done}
+    paths = sorted([*root.rglob("*.npz"), *(p.parent for p in root.rglob("actions.npy"))])
+    paths = [path.relative_to(root) for path in paths]
+    paths = [path for path in paths if str(path) not in names]
+    start = max(numbers, default=-1) + 1
+    return [Shard(str(p), TARGETS.get(p.parts[0], ""), start + i, 1) for i, p in enumerate(paths)]
+
+
+def convert_shard(episodes: Iterable[Any], shard: Shard, folder: Path, header: dict, skip: bool):
+    """Write a shard's episodes; return its record for the index.
+
+    Raises InputError at a bad episode, with nothing of the shard left, unless `skip` lists it.
+    """
+    record, files, number = {"shard": shard.name, "episodes": {}, "errors": []}, [], -1
+    try:
+        for number, episode in enumerate(itertools.chain(episodes, (None,))):
+            try:
+                if episode is None:
+                    if number != shard.count:
+                        raise InputError(
+                            f"{number} of {shard.count} episodes; fetch the shard again"
+                        )
+                    break
+                if isinstance(episode, InputError):
+                    raise episode
+                frames, raw, about = episode
+                key = about.pop("episode", "") or f"{shard.name}/{number}"
+                hashed = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10 == 0
+                split = shard.target or ("test" if hashed else "train")
+                path = folder / split / f"{shard.first + number:09d}.safetensors"
+                about = {"fps": header["fps"], "source": f"{shard.name}#{number}", **about}
+                actions = map_actions(raw, header["action_mapping"])
+                entry = write_episode(path, frames, actions, about, header["image_size"])
+                files.append(path)
+                record["episodes"].setdefault(split, []).append(entry)
+            except InputError as error:
+                message = f"{shard.name}, episode {number}: {error}"
+                if not skip:
+                    raise InputError(f"{message} (or leave it out: --on_error skip)") from error
+                record["errors"].append(message)
+    except BaseException:
+        for path in files:
+            path.unlink(missing_ok=True)
+        raise
+    return record
+
+
+class Work(NamedTuple):
+    """What a conversion reads."""
+
+    shards: list[Shard]
+    size: int  # bytes in all, 0: not known
+    read: Callable[[Path], Iterator[Any]]
+    base: Path  # folder of the shards
+    url: str  # where they are fetched from, "": they are in `base`
+    fps: float
+    mapping: str
+
+
+def open_source(args: Args, folder: Path) -> Work:
+    """Find what to convert: RLDS behind a URL or in a folder, or a user's own episodes."""
+    public = SOURCES.get(args.dataset_name)
+    where = args.source or (public.url if public else "")
+    url = where if re.match("(https?|gs)://", where) else ""
+    if args.dataset_name in ("", ".", "..") or folder.name != args.dataset_name or not where:
+        names = ", ".join(SOURCES)
+        raise InputError(f"dataset_name: take one of {names}, or give your own data as --source")
+    if url:
+        base = folder / "download"
+        base.mkdir(parents=True, exist_ok=True)
+        for name in ("features.json", "dataset_info.json"):
+            fetch(f"{url}/{name}", base / name, lambda count: None)
+    elif not Path(where).is_dir():
+        raise MissingFileError(f"{where}: no such folder; check --source")
+    else:
+        found = [p for deep in ("", "*/", "*/*/") for p in Path(where).glob(f"{deep}features.json")]
+        if len(found) > 1:
+            raise InputError(f"{where}: {len(found)} data sets ({found[0]}, ...); name one of them")
+        if not found:
+            return Work(list_own(Path(where), folder), 0, read_own, Path(where), "", 5.0, "raw")
+        base = found[0].parent
+    if not public:
+        raise InputError(f"{where}: RLDS data; say which with --dataset_name: {', '.join(SOURCES)}")
+    schema, (shards, size) = load_features(base, public), list_shards(base, not url, args)
+    read = functools.partial(read_shard, source=public, schema=schema, check=args.check_crc)
+    return Work(shards, size, read, base, url, public.fps, public.mapping)
+
+
+def convert(args: Args) -> None:
+    """Bring every shard that the index does not name yet into `output_dir`: fetch, write, commit.
+
+    A killed run continues behind its finished shards, and inside those half fetched.
+    """
+    folder = Path(args.output_dir) / args.dataset_name
+    work, stop, finished = open_source(args, folder), threading.Event(), set()
+    header = {"dataset": args.dataset_name, "fps": args.fps or work.fps}
+    header |= {"action_mapping": args.action_mapping or work.mapping, "image_size": args.image_size}
+    map_actions(np.zeros(7), header["action_mapping"])  # an unknown name ends here
+    if (folder / "index.jsonl").exists():
+        before, records = read_index(folder)
+        finished = {record["shard"] for record in records}
+        if before != header:
+            raise InputError(f"{folder} was written with {before}, not {header}; take another one")
+    elif not work.shards:
+        raise InputError(f"{folder}: nothing to convert; check --source and --splits")
+    else:
+        append_index(folder, header)
+
+    def progress(count: int) -> None:
+        if stop.is_set():
+            raise CancelledError
+        bar.update(count)
+
+    def job(shard: Shard) -> dict:
+        path = work.base / shard.name
+        try:
+            if work.url and not path.exists():
+                fetch(f"{work.url}/{shard.name}", path, progress)
+            episodes, skip = work.read(path), args.on_error == "skip"
+            record = convert_shard(episodes, shard, folder, header, skip)
+            content = path if path.is_file() else path / "actions.npy"
+            record["sha256"] = hash_file(content, "sha256").hexdigest()
+            record["bytes"] = content.stat().st_size
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise InputError(f"{folder}: the disk is full; free space, run again") from error
+        if work.url:
+            path.unlink()
+        else:
+            progress(record["bytes"])
+        return record
+
+    todo, start, done = [s for s in work.shards if s.name not in finished], time.time(), 0
+    options = {"total": work.size or None, "unit": "B", "unit_scale": True, "disable": None}
+    with ThreadPoolExecutor(args.num_workers) as pool, tqdm(desc=folder.name, **options) as bar:
+        jobs = [pool.submit(job, shard) for shard in todo]
+        try:
+            for ready in as_completed(jobs):
+                append_index(folder, record := ready.result())
+                done += record["bytes"]
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+    rate = done / 1e6 / max(1e-3, time.time() - start)
+    _, records = read_index(folder)
+    counts = Counter(s for r in records for s, es in r["episodes"].items() for _ in es)
+    errors = [error for record in records for error in record["errors"]]
+    print(
+        f"{folder}: {dict(counts)} episodes, {len(errors)} left out; {done / 1e6:.1f} MB read in this run, {rate:.0f} MB/s"
+    )
+    for error in errors:
+        print(f"left out: {error}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -587,17 +1167,12 @@ def read_latents(path: Path, times: np.ndarray, shape: tuple[int, int], latents:
 
     shape  (V, T) of the whole episode, which the file must have
     """
-    if not path.is_file():
-        raise MissingFileError(f"{path}: cached latents are gone; write the cache again")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            rows, found = file.get_slice("z"), json.loads(file.metadata()["metadata"])
-            sound = rows.get_dtype() == "BF16" and len(rows.get_shape()) == 5
-            if not sound or (*rows.get_shape()[:2], found["fingerprint"]) != (*shape, latents):
-                raise ValueError(f"{rows.get_dtype()} {rows.get_shape()} of {found['fingerprint']}")
-            return torch.cat([rows[:, t : t + 1] for t in times.tolist()], dim=1).float()
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise InputError(f"{path}: damaged or stale latents ({error!r}); cache again") from error
+    with open_tensors(path) as (file, metadata):
+        rows = file.get_slice("z")
+        found = rows.get_dtype(), len(rows.get_shape()), *rows.get_shape()[:2]
+        if found != ("BF16", 5, *shape) or metadata["fingerprint"] != latents:
+            raise ValueError(f"{found} of {metadata['fingerprint']}")
+        return torch.cat([rows[:, t : t + 1] for t in times.tolist()], dim=1).float()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -742,3 +1317,61 @@ class ClipSampler(torch.utils.data.Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return map(self.batch, itertools.count(self.start))
+
+
+# ------------------------------------------------------------------------------------------------
+# Looking at converted data, and the command line.
+
+
+def inspect(folder: Path) -> None:
+    """Print what a converted data set holds; write contact_sheet.png and episodes.gif into it."""
+    header, records = read_index(folder)
+    sheet, movie, font = [], [], ImageFont.load_default(10)
+    print(f"{folder}: {json.dumps(header)}")
+    for split in sorted({split for record in records for split in record["episodes"]}):
+        entries = read_split(folder, split)[1]
+        paths = [folder / split / f"{entry['number']:09d}.safetensors" for entry in entries]
+        actions = np.concatenate([Episode(p).actions for p in tqdm(paths, split, disable=None)])
+        lengths = np.array([entry["length"] for entry in entries])
+        labels = [entry["success"] for entry in entries if entry["success"] is not None]
+        texts = Counter(entry["language"] for entry in entries)
+        views = dict(Counter(str(entry["views"]) for entry in entries))
+        print(
+            f"{split}: {len(entries)} episodes, {lengths.sum()} frames, {lengths.min()} to "
+            f"{lengths.max()} long (mean {lengths.mean():.1f})\n"
+            f"  dropped by a loader of 10 frames at stride 2: {(lengths < 19).sum()} too short\n"
+            f"  cameras: {views}\n"
+            f"  success: {np.mean(labels) if labels else 0:.1%} of {len(labels)} labelled\n"
+            f"  {len(texts)} instructions: {'; '.join(repr(t) for t, _ in texts.most_common(5))}\n"
+            f"  actions, least: {np.round(actions.min(axis=0), 3).tolist()}\n"
+            f"  actions, most:  {np.round(actions.max(axis=0), 3).tolist()}"
+        )
+        for path, entry in list(zip(paths, entries, strict=True))[:: -(-len(paths) // 6)]:
+            times = np.linspace(0, entry["length"] - 1, 8).round().astype(int)
+            shown = Episode(path).frames(times, entry["views"], 128)
+            for view, row in zip(entry["views"], shown, strict=True):
+                strip = Image.new("RGB", (1024, 142), "white")
+                strip.paste(Image.fromarray(np.concatenate(row, axis=1)), (0, 14))
+                label = f"{split}/{path.stem} view {view}: {entry['language'] or '(no text)'}"
+                ImageDraw.Draw(strip).text((2, 1), label, "black", font)
+                sheet.append(np.asarray(strip))
+            times = np.minimum(np.arange(50), entry["length"] - 1)
+            movie.append(Episode(path).frames(times, entry["views"][:1], 128)[0])
+    errors = [error for record in records for error in record.get("errors", ())]
+    for reason, count in Counter(re.sub(r"\S*[\d/]\S*", "", e) for e in errors).most_common():
+        print(f"left out by the conversion: {count} x {reason}")
+    picture = io.BytesIO()
+    Image.fromarray(np.concatenate(sheet)).save(picture, "PNG")
+    write_atomic(folder / "contact_sheet.png", picture.getvalue())
+    write_gif(folder / "episodes.gif", np.concatenate(movie[:6], axis=2), header["fps"])
+    print(f"written: {folder}/contact_sheet.png, {folder}/episodes.gif")
+
+
+def main() -> None:
+    """Convert or inspect, as the command line says."""
+    args = parse_args(Args)
+    inspect(Path(args.inspect)) if args.inspect else convert(args)
+
+
+if __name__ == "__main__":
+    run_cli(main)
