@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import dataclasses
 import datetime
 import errno
@@ -26,15 +27,17 @@ import http.client
 import io
 import itertools
 import json
+import math
 import os
 import re
+import shutil
 import sys
 import threading
 import time
 import urllib.request
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -705,6 +708,428 @@ def read_own(path: Path) -> Iterator[Any]:
 
 
 # --- toy world: begin
+# ------------------------------------------------------------------------------------------------
+# Toy world: a table, an arm with a gripper, blocks and a plate before three cameras. Metres and
+# radians; x leads away from the arm, y to its left, z up; the table's top is z = 0. Quasi-static:
+# blocks are pushed by the least planar move that frees them, a held one follows, others fall.
+
+COLOURS = {  # sRGB; cyan belongs to the gripper's marker alone
+    "cyan": (0, 214, 222), "red": (222, 40, 36), "green": (34, 168, 58), "blue": (36, 78, 226),
+    "yellow": (236, 214, 16), "purple": (132, 44, 208), "pink": (236, 72, 172),
+}  # fmt: skip
+CAMERAS = (  # position, target, focal length in image heights
+    (np.array([0.86, -0.40, 0.52]), np.array([0.25, 0.03, 0.095]), 1.40),
+    (np.array([0.66, 0.58, 0.42]), np.array([0.264, -0.027, 0.09]), 1.33),
+    (np.array([0.42, 0.00, 0.98]), np.array([0.28, 0.00, 0.0]), 1.68),
+)
+WORKSPACE = np.array([[0.18, -0.17, 0.012], [0.42, 0.17, 0.19]])  # of the point between fingertips
+MAX_MOVE, MAX_TURN = 0.0495, 0.24  # a policy's, inside the bounds of the action mapping
+EDGE, FINGER, GAP, LINK = 0.056, 0.075, 0.086, 0.27  # of a block, a finger, open fingers, the arm
+UP, LIGHT = np.array([0, 0, 1.0]), np.array([0.27, -0.37, 0.89])
+CORNERS = np.array([[k & 1, k >> 1 & 1, k >> 2 & 1] for k in range(8)]) * 2.0 - 1
+FACES = np.array([list(map(int, face)) for face in "1375 2376 4576 0264 0154 0132".split()])
+POLICIES = ("expert", "near_miss", "play", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig:
+    """Choose a toy world; the defaults are easy, the last group serves out-of-distribution tests."""
+
+    size: int = 64  # image side in pixels
+    episodes: int = 300  # training episodes
+    test_episodes: int = 32  # held-out episodes
+    seed: int = 0  # of everything
+    steps: tuple[int, int] = (24, 40)  # frames of the shortest and of the longest episode
+    policies: tuple[float, ...] = (0.35, 0.2, 0.25, 0.2)  # shares: expert, near miss, play, random
+    stack_share: float = 0.2  # goals "stack on a block"; the others are "put on the plate"
+    noise: float = 0.012  # standard deviation added to a policy's moves (m)
+    blocks: int = 3  # blocks, at most one of each colour
+    # -- variation
+    palette: tuple[str, ...] = ("red", "green", "blue")  # held out: yellow, purple, pink
+    distractors: int = 0  # further blocks, grey and of other sizes
+    camera_shift: float = 0.0  # degrees by which all cameras orbit the table
+    camera_jitter: float = 0.0  # standard deviation of each camera's place, per episode (m)
+    table_variation: float = 0.0  # 0 one wooden table .. 1 any tint and grain, per episode
+
+    def __post_init__(self):
+        known = set(self.palette) <= {*COLOURS} - {"cyan"} and self.distractors in range(5)
+        if not known or not 1 <= self.blocks <= len({*self.palette}):
+            raise InputError(f"toy palette {self.palette}: needs {self.blocks} of {[*COLOURS][1:]}")
+        if not 2 <= self.steps[0] <= self.steps[1] or len(self.policies) != len(POLICIES):
+            raise InputError(f"toy steps are (shortest, longest), policies shares of {POLICIES}")
+
+
+def locate(frames: np.ndarray, colour: str) -> np.ndarray:
+    """Find a colour's centroid (..., 2) = (column, row) in frames (..., H, W, 3); NaN if absent.
+
+    Weights fall linearly with the distance in chromaticity; the first pixel's centre is 0.5.
+    """
+    rgb, target = to_uint8(frames).astype(np.float32), 0.85 * np.array(COLOURS[colour])
+    chroma = rgb / (rgb.sum(-1, keepdims=True) + 40)
+    weight = np.linalg.norm(chroma - target / (target.sum() + 40), axis=-1)
+    weight = np.clip(1 - weight / 0.15, 0, None)
+    (H, W), total = weight.shape[-2:], weight.sum((-2, -1), keepdims=True)
+    weight /= np.where(total > 8e-4 * H * W, total, np.nan)
+    return np.stack([weight.sum(i) @ (np.arange(n) + 0.5) for i, n in ((-2, W), (-1, H))], -1)
+
+
+def _axes(yaw: float) -> np.ndarray:
+    c, s = math.cos(yaw), math.sin(yaw)
+    return np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
+
+
+def _free(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | None:
+    """Return the least move that frees b from a, None if apart: x, y, yaw, half length and width."""
+    moves = []
+    for angle in (a[2], a[2] + math.pi / 2, b[2], b[2] + math.pi / 2):
+        c, s = math.cos(angle), math.sin(angle)
+        along, reach = (b[0] - a[0]) * c + (b[1] - a[1]) * s, 0.0
+        for _, _, yaw, length, width, *_ in (a, b):
+            reach += length * abs(math.cos(angle - yaw)) + width * abs(math.sin(angle - yaw))
+        if reach - abs(along) < 1e-9:
+            return None
+        depth = math.copysign(reach - abs(along), along)
+        moves.append((abs(depth), depth * c, depth * s))
+    return min(moves)[1:]
+
+
+def _far_to_near(planes: np.ndarray, corners: np.ndarray, pixels: np.ndarray, eye) -> list[int]:
+    """Sort boxes for painting: of two that meet in the image, a face plane between them decides.
+
+    planes (N, 6, 4) outward normal and offset of each face, corners (N, 8, 3), pixels (N, 8, 2)
+    """
+    gap = np.einsum("nfd,mkd->nfmk", planes[..., :3], corners).min(-1) - planes[:, :, 3, None]
+    face, gap = gap.argmax(1), gap.max(1)  # (N, N): the face of n that best separates m from n
+    outside = np.take_along_axis(planes[..., :3] @ eye > planes[..., 3], face, 1)
+    meet = (pixels.min(1)[:, None] < pixels.max(1)).all(-1)
+    hides = np.where(gap >= gap.T, outside, ~outside.T) & meet & meet.T  # m may hide n
+    hides = hides * np.exp(100 * np.minimum(np.maximum(gap, gap.T), 0))  # hardly, where they join
+    order, left = [], hides.sum(0)
+    for _ in planes:  # the box that hides no other one left; in a cycle, the least
+        order.append(int(left.argmin()))
+        left = left - hides[order[-1]]
+        left[order[-1]] = np.inf
+    return order
+
+
+class ToyWorld:
+    """Simulate and draw one world; all follows from the config, the seed and the actions.
+
+    gripper  (3,)    point between the fingertips; yaw: its turn; gap: between the fingers
+    block    (N, 4)  centre and yaw of each block, the goal's first, distractors last
+    held, hold       index of the held block or -1; its place as seen from the gripper
+    """
+
+    def __init__(self, config: ToyConfig, seed: int | Sequence[int] = 0):
+        self.config, self.seed, rng = config, seed, np.random.default_rng(seed)
+        self.names = rng.permutation(config.palette)[: config.blocks].tolist()
+        self.names += [f"distractor{i}" for i in range(config.distractors)]
+        count, edges = len(self.names), EDGE * rng.uniform(0.6, 1.1, len(self.names))
+        self.half = np.where(np.arange(count) < config.blocks, EDGE, edges) / 2
+        places, apart = [], 0.14
+        while len(places) <= count:  # the plate and the blocks, apart from each other
+            place = rng.uniform(WORKSPACE[0, :2] + 0.03, WORKSPACE[1, :2] - 0.03)
+            if all(math.dist(place, other) > apart for other in places):
+                places.append(place)
+            apart *= 0.995
+        self.plate, turns = np.append(places[0], 0), rng.uniform(-0.6, 0.6, count)
+        self.block = np.column_stack([places[1:], self.half, turns])
+        self.gripper = rng.uniform(WORKSPACE[0] + 0.08 * UP, WORKSPACE[1])
+        self.yaw, self.gap, self.held, self.hold = float(rng.uniform(-0.5, 0.5)), GAP, -1, UP
+        self.stack = bool(rng.random() < config.stack_share and config.blocks > 1)
+        self.goal = f"put the {self.names[0]} block on the plate"
+        if self.stack:
+            self.goal = f"stack the {self.names[0]} block on the {self.names[1]} block"
+        self.cameras, spin = [], _axes(-math.radians(config.camera_shift))
+        for position, target, focal in CAMERAS:
+            eye = spin @ (position - target) + target + config.camera_jitter * rng.normal(size=3)
+            forward = (target - eye) / math.dist(target, eye)
+            right = np.array([forward[1], -forward[0], 0]) / np.hypot(*forward[:2])
+            self.cameras.append((eye, np.stack([right, np.cross(forward, right), forward]), focal))
+        self.vary = config.table_variation * rng.uniform(-1, 1, 4)
+        self._backgrounds, self._first = {}, self.state()
+
+    def reset(self) -> None:
+        """Go back to the first state."""
+        self.restore(self._first)
+
+    def state(self) -> dict:
+        """Return a copy of what changes during an episode."""
+        return {k: copy.copy(vars(self)[k]) for k in "gripper yaw gap held hold block".split()}
+
+    def restore(self, state: dict) -> None:
+        """Go to a state of this episode, whatever happened since."""
+        vars(self).update({name: copy.copy(value) for name, value in state.items()})
+
+    def positions(self) -> dict[str, np.ndarray]:
+        """Return the place (3,) of the gripper, its cyan marker, the plate and every block."""
+        places = {"gripper": self.gripper, "marker": self.gripper + (FINGER + 0.055) * UP}
+        blocks = zip(self.names, self.block[:, :3].copy(), strict=True)
+        return {**places, "plate": self.plate, **dict(blocks)}
+
+    def pixels(self, points: np.ndarray, view: int = 0, size: int | None = None) -> np.ndarray:
+        """Map points (..., 3) to (column, row) in a camera's image."""
+        eye, axes, focal = self.cameras[view]
+        local = (points - eye) @ axes.T
+        return (local[..., :2] / local[..., 2:] * focal + 0.5) * (size or self.config.size)
+
+    @property
+    def success(self) -> bool:
+        """Tell whether the goal's block rests, released, on the plate or on the other block."""
+        support = self.block[1, :3] + self.half[1] * UP if self.stack else self.plate
+        away = self.block[0, :3] - self.half[0] * UP - support
+        return bool(self.held != 0 and np.hypot(*away[:2]) < EDGE and abs(away[2]) < 0.004)
+
+    def _solids(self) -> list[tuple[float, ...]]:
+        """List blocks, fingers, palm as (x, y, yaw, half length, half width, bottom, top)."""
+        cubes = zip(self.block.tolist(), self.half.tolist(), strict=True)
+        solids = [(x, y, yaw, h, h, z - h, z + h) for (x, y, z, yaw), h in cubes]
+        (x, y, z), (dx, dy, _) = self.gripper.tolist(), _axes(self.yaw)[1] * (self.gap / 2 + 0.011)
+        for k in (-1, 1):
+            solids.append((x + k * dx, y + k * dy, self.yaw, 0.016, 0.011, z, z + FINGER))
+        return [*solids, (x, y, self.yaw, 0.024, 0.07, z + FINGER, z + FINGER + 0.025)]
+
+    def _settle(self) -> None:
+        """Push loose blocks out of the gripper and of each other; let fall what has no support."""
+        all_, count, away = self._solids(), len(self.half), self.block[:, :2] - self.gripper[:2]
+        away = np.hypot(*away.T) + 10 * self.block[:, 2].round(3)
+        loose = sorted({*range(count)} - {self.held}, key=lambda i: away[i])
+        for rank, i in [*enumerate(loose)] * 2:
+            for j in (*range(count, count + 3), self.held, *loose[:rank]):  # held -1 is the palm
+                a, b = all_[j], all_[i]
+                move = _free(a, b) if min(a[6], b[6]) - max(a[5], b[5]) > 0.002 else None
+                if move:
+                    top = [
+                        k for k in loose if all_[k][5] == b[6] and _free((*all_[k][:2], 0, 0, 0), b)
+                    ]
+                    self.block[[i, *top], :2] += move  # with what stands on it
+                    arm = np.clip(np.subtract(a[:2], b[:2]), -b[3], b[3])
+                    self.block[i, 3] += (arm[0] * move[1] - arm[1] * move[0]) / (2 * b[3]) ** 2
+                    all_ = self._solids()
+        for i in sorted(loose, key=lambda i: self.block[i, 2]):
+            all_ = self._solids()
+            under = [b for b in all_[:count] if b[5] < all_[i][5] - 0.01]
+            tops = [b[6] for b in under if _free((*all_[i][:2], 0, 0, 0), b)]
+            self.block[i, 2] = max([0.0, *tops]) + self.half[i]
+
+    def step(self, action: Sequence[float]) -> None:
+        """Apply a 7-D action: xyz move (m), roll, pitch (unused), yaw (rad), gripper (1 = open).
+
+        The fingers open, or close and take hold of a block between them; then the arm moves, 6 mm
+        at a time. It stops at the workspace's limits and on top of blocks.
+        """
+        action = np.asarray(action, np.float32).astype(float)
+        if action[6] > 0.5:
+            self.gap, self.held = GAP, -1
+        elif self.gap == GAP:
+            self.gap = 0.004
+            for i, h in enumerate(self.half.tolist()):
+                place = _axes(self.yaw) @ (self.block[i, :3] - self.gripper)
+                if (np.abs(place) < (h, GAP / 2 - 0.6 * h, h)).all():
+                    self.held, self.hold, self.gap = i, place * [1, 0, 1], 2 * h
+        self._settle()
+        move = np.clip(self.gripper + action[:3], *WORKSPACE) - self.gripper
+        turn = np.clip(self.yaw + action[5], -math.pi / 2, math.pi / 2) - self.yaw
+        count = max(1, math.ceil(np.abs(move).max() / 0.006))
+        for part in np.tile(np.append(move, turn) / count, (count, 1)):
+            blocks, hand = self._solids()[: len(self.half)], self._solids()[len(self.half) :]
+            if self.held >= 0:
+                hand.append(blocks.pop(self.held))
+            for a in hand:
+                below = [
+                    b[6] for b in blocks if b[6] - 0.002 < a[5] < b[6] - part[2] and _free(a, b)
+                ]
+                part[2] = max(part[2], max([0.0, *below]) - a[5])
+            self.gripper, self.yaw = self.gripper + part[:3], float(self.yaw + part[3])
+            if self.held >= 0:
+                self.block[self.held] = [*(self.gripper + self.hold @ _axes(self.yaw)), self.yaw]
+            self._settle()
+
+    def _boxes(self) -> list[np.ndarray]:
+        """Return all boxes: centres (N, 3), axes (N, 3, 3), half sizes (N, 3), colours (N, 3)."""
+        marker = self.positions()["marker"]
+        radial, side, _ = arm = _axes(math.atan2(*self.gripper[1::-1]))
+        shoulder, wrist = 0.15 * UP, marker - 0.055 * radial
+        reach = wrist - shoulder
+        bend = math.sqrt(LINK**2 / (reach @ reach) - 0.25)  # the elbow's height over that line
+        elbow = shoulder + reach / 2 + bend * (UP * (reach @ radial) - radial * reach[2])
+        parts = [(0.07 * UP, _axes(0), (0.06, 0.06, 0.07), (58, 60, 68))]
+        parts.append((marker, arm, (0.034, 0.034, 0.03), COLOURS["cyan"]))
+        for start, end, width in ((shoulder, elbow, 0.034), (elbow, wrist, 0.03)):
+            axis = (end - start) / LINK
+            axes = np.array([axis, side, UP * (axis @ radial) - radial * axis[2]])
+            parts.append(((start + end) / 2, axes, (LINK / 2 + 0.012, width, width), (238,) * 3))
+        colours = [COLOURS.get(name, (96, 94, 100)) for name in self.names]
+        colours += [(44, 46, 52), (44, 46, 52), (88, 92, 102)]
+        for (x, y, yaw, *half, low, high), rgb in zip(self._solids(), colours, strict=True):
+            size = (*half, (high - low) / 2)
+            parts.append((np.array([x, y, (low + high) / 2]), _axes(yaw), size, rgb))
+        return [np.array(column) for column in zip(*parts, strict=True)]
+
+    def _background(self, view: int, size: int) -> list[Image.Image]:
+        """Return the empty table with the plate, lit and in shadow; painted once."""
+        if (view, size) not in self._backgrounds:
+            (eye, axes, focal), unit = self.cameras[view], (np.arange(size) + 0.5) / size - 0.5
+            column, row = np.meshgrid(unit, unit)
+            rays = np.stack([column, row, np.full_like(row, focal)], -1).astype(np.float32) @ axes
+            x, y, _ = np.moveaxis(eye - eye[2] / rays[..., 2:] * rays, -1, 0).astype(np.float32)
+            table = (rays[..., 2] < 0) & (np.abs(x - 0.20) < 0.46) & (np.abs(y) < 0.48)
+            plank = np.floor(y / 0.085 + float(self.vary[3]))
+            wave = np.sin(260 * y + 3 * np.sin(9 * x + 4 * np.sin(92 * plank)) + 7 * plank)
+            wood = 1 + 0.1 * np.sin(2.4 * plank) + 0.035 * wave
+            image = np.multiply.outer(wood, (1 + 0.35 * self.vary[:3]) * (186, 150, 92))
+            for radius, colour in ((0.068, (250, 250, 250)), (0.05, (216, 220, 228))):
+                image[np.hypot(x - self.plate[0], y - self.plate[1]) < radius] = colour
+            image[~table] = 136, 152, 172
+            both = image, np.where(table[..., None], 0.58 * image, image)
+            both = [Image.fromarray(np.clip(i, 0, 255).astype(np.uint8)) for i in both]
+            self._backgrounds[view, size] = both
+        return self._backgrounds[view, size]
+
+    def render(self, size: int | None = None, views: Iterable[int] = (0, 1, 2)) -> np.ndarray:
+        """Draw what the cameras see, (V, size, size, 3) uint8: large, then averaged."""
+        scale = 4 if (size or self.config.size) <= 64 else 2
+        frames, side = [], (size or self.config.size) * scale
+        centre, axes, half, colours = self._boxes()
+        corners = centre[:, None] + np.einsum("ka,na,nad->nkd", CORNERS, half, axes)
+        normals = np.concatenate([axes, -axes], 1)
+        offset = np.einsum("nfd,nd->nf", normals, centre) + np.concatenate([half, half], 1)
+        planes = np.concatenate([normals, offset[..., None]], -1)
+        lit = normals @ LIGHT
+        fill = (colours[:, None] * (0.52 + 0.48 * np.clip(lit, 0, 1))[..., None]).astype(int)
+        fallen = corners - corners[..., 2:] / LIGHT[2] * LIGHT  # the corners' shadows
+        for view in views:
+            eye, (bright, dark) = self.cameras[view][0], self._background(view, side)
+            shadows = self.pixels(fallen, view, side)[:, FACES].reshape(-1, 6, 8)[lit > 0]
+            pixels, seen = self.pixels(corners, view, side), normals @ eye > offset
+            image, mask = bright.copy(), Image.new("1", (side, side))
+            draw, paint = ImageDraw.Draw(image), ImageDraw.Draw(mask)
+            for shadow in shadows.tolist():
+                paint.polygon(shadow, fill=1)
+            image.paste(dark, mask=mask)
+            for i in _far_to_near(planes, corners, pixels, eye):
+                for face in np.flatnonzero(seen[i]):
+                    polygon = pixels[i, FACES[face]].ravel().tolist()
+                    draw.polygon(polygon, fill=tuple(fill[i, face].tolist()))
+            frames.append(np.asarray(image.reduce(scale)))
+        return np.stack(frames)
+
+
+def toy_policy(world: ToyWorld, kind: str, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yield 7-D actions that answer the world's present state; never ends.
+
+    expert     fetch the goal's block, bring it to its place, then hover
+    near_miss  the same with an error in grasp or place, or with another block
+    play       seek contact: push blocks, carry them anywhere
+    random     short flights in random directions, fingers opening and closing
+    """
+    rise, count = 0.09 * UP, len(world.names)
+
+    def anywhere(low=0.0):
+        return rng.uniform(WORKSPACE[0] + low * UP, WORKSPACE[1])
+
+    def carry(i, support, error=0.0):
+        h, yaw = world.half[i], (world.block[i, 3] + math.pi / 4) % (math.pi / 2) - math.pi / 4
+        at, put = world.block[i, :3] + error - 0.4 * h * UP, support + (0.6 * h + 0.004) * UP
+        yield from [(at + rise, 1, yaw, 14, 0.02), (at, 1, yaw, 6, 0.006), (at, 0, yaw, 1, 0)]
+        yield from [(at + rise, 0, yaw, 6, 0.045), (put + rise, 0, None, 14, 0.02)]
+        yield from [(put, 0, None, 6, 0.008), (put, 1, None, 1, 0), (put + rise, 1, None, 6, 0.045)]
+
+    def push(i):
+        yaw, at = rng.uniform(-math.pi, math.pi), np.append(world.block[i, :2], 0.02)
+        run = 0.085 * _axes(yaw)[0]
+        yaw = (yaw + math.pi / 2) % math.pi - math.pi / 2
+        yield from [(at - run + rise, 0, yaw, 6, 0.045), (at - run, 0, None, 4, 0.02)]
+        yield at + run * rng.uniform(0.6, 1.5), 0, None, 4, 0.02
+        yield at + run * 0.3 + rise, int(rng.integers(2)), None, 3, 0.045
+
+    def legs():
+        """Yield (place, gripper, yaw, most steps, distance at which it counts as reached)."""
+        if kind in ("expert", "near_miss"):
+            miss = int(rng.integers(1, 4 if count > 1 else 3)) if kind == "near_miss" else 0
+            support = world.block[1, :3] + world.half[1] * UP if world.stack else world.plate
+            error = rng.uniform(0.9, 1.3) * _axes(rng.uniform(-math.pi, math.pi))[0]
+            which = int(rng.integers(1, count)) if miss == 3 else 0
+            yield from carry(
+                which, support + 0.09 * error * (miss == 2), 0.045 * error * (miss == 1)
+            )
+        while kind in ("expert", "near_miss"):
+            yield anywhere(0.12), 1, rng.uniform(-0.8, 0.8), 3, 0.045
+        while kind == "play":
+            i = int(rng.integers(count))
+            yield from carry(i, anywhere() * [1, 1, 0]) if rng.random() < 0.4 else push(i)
+        while True:
+            grip, steps = int(rng.random() < 0.6), int(rng.integers(1, 5))
+            yield anywhere(), grip, rng.uniform(-1, 1), steps, 0.02
+
+    for place, grip, yaw, steps, near in legs():
+        goal, speed = np.clip(place, *WORKSPACE), rng.uniform(0.85, 1.0) * MAX_MOVE
+        yaw = world.yaw if yaw is None else yaw
+        for _ in range(steps):
+            miss = goal - world.gripper
+            if steps > 1 and np.abs(miss).max() < near:
+                break
+            noise = rng.normal(0, world.config.noise, 3) * min(1, np.abs(miss).max() / 0.06)
+            move = np.clip(np.clip(miss, -speed, speed) + noise, -MAX_MOVE, MAX_MOVE)
+            move = np.clip(world.gripper + move, *WORKSPACE) - world.gripper
+            turn = np.clip(yaw - world.yaw, -MAX_TURN, MAX_TURN)
+            yield np.round([*move, 0, 0, turn, grip], 5).astype(np.float32)
+
+
+def toy_episode(config: ToyConfig, seed: Sequence[int]) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Play one episode: frames (V, T, H, W, 3), actions (T, 7), metadata for `toy_state_at`."""
+    world, rng = ToyWorld(config, seed), np.random.default_rng([*seed, 1])
+    kind = str(rng.choice(POLICIES, p=np.array(config.policies) / sum(config.policies)))
+    policy, frames, actions = toy_policy(world, kind, rng), [], []
+    for _ in range(int(rng.integers(config.steps[0], config.steps[1] + 1))):
+        if actions:
+            world.step(actions[-1])
+        frames.append(world.render())
+        actions.append(next(policy))
+    toy = {"config": dataclasses.asdict(config), "seed": [*seed], "policy": kind}
+    toy["actions"] = np.round(np.array(actions, float), 5).tolist()
+    meta = {"language": world.goal, "success": world.success, "fps": 5, "source": "toy", "toy": toy}
+    return np.stack(frames, 1), np.stack(actions), meta
+
+
+def toy_state_at(metadata: dict, t: int) -> ToyWorld:
+    """Rebuild the world of a stored episode as it stands in frame t."""
+    toy = metadata["toy"]
+    world = ToyWorld(config_from(ToyConfig, toy["config"], "toy episode"), toy["seed"])
+    for action in toy["actions"][:t]:
+        world.step(action)
+    return world
+
+
+def generate_toy(output_dir: str | Path, config: ToyConfig | None = None) -> Path:
+    """Write <output_dir>/toy/{train,test}; a complete set of the same config stays as it is.
+
+    A killed run leaves nothing behind that the next one does not clear away. Raises InputError
+    when the folder holds a set of another config.
+    """
+    config, folder = config or ToyConfig(), Path(output_dir) / "toy"
+    header = {"dataset": "toy", "fps": 5, "action_mapping": "bridge", "image_size": config.size}
+    header["toy"] = json.loads(json.dumps({"version": 1, **dataclasses.asdict(config)}))
+    if folder.exists():
+        if read_index(folder)[0].get("toy") == header["toy"]:
+            return folder
+        raise InputError(f"{folder}: holds other toy episodes; remove it or choose another folder")
+    partial = folder.with_name(".toy.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    entries = {"train": [], "test": []}
+    for number, split, count in ((0, "train", config.episodes), (1, "test", config.test_episodes)):
+        for i in tqdm(range(count), f"toy {split}", disable=None):
+            frames, actions, metadata = toy_episode(config, (config.seed, number, i))
+            path = partial / split / f"{i:09d}.safetensors"
+            entries[split].append(
+                write_episode(path, frames, map_actions(actions, "bridge"), metadata)
+            )
+    append_index(partial, header)
+    append_index(partial, {"shard": "toy", "episodes": entries})
+    partial.rename(folder)
+    return folder
+
+
 # --- toy world: end
 
 
@@ -1370,7 +1795,10 @@ def inspect(folder: Path) -> None:
 def main() -> None:
     """Convert or inspect, as the command line says."""
     args = parse_args(Args)
-    inspect(Path(args.inspect)) if args.inspect else convert(args)
+    if args.dataset_name == "toy" and not args.inspect:
+        generate_toy(args.output_dir)
+    else:
+        inspect(Path(args.inspect)) if args.inspect else convert(args)
 
 
 if __name__ == "__main__":
