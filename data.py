@@ -891,25 +891,23 @@ class ToyWorld:
 
     def _settle(self) -> None:
         """Push loose blocks out of the gripper and of each other; let fall what has no support."""
-        all_, count, away = self._solids(), len(self.half), self.block[:, :2] - self.gripper[:2]
+        s, count, away = self._solids(), len(self.half), self.block[:, :2] - self.gripper[:2]
         away = np.hypot(*away.T) + 10 * self.block[:, 2].round(3)
         loose = sorted({*range(count)} - {self.held}, key=lambda i: away[i])
         for rank, i in [*enumerate(loose)] * 2:
             for j in (*range(count, count + 3), self.held, *loose[:rank]):  # held -1 is the palm
-                a, b = all_[j], all_[i]
+                a, b = s[j], s[i]
                 move = _free(a, b) if min(a[6], b[6]) - max(a[5], b[5]) > 0.002 else None
                 if move:
-                    top = [
-                        k for k in loose if all_[k][5] == b[6] and _free((*all_[k][:2], 0, 0, 0), b)
-                    ]
-                    self.block[[i, *top], :2] += move  # with what stands on it
+                    on = [k for k in loose if s[k][5] == b[6] and _free((*s[k][:2], 0, 0, 0), b)]
+                    self.block[[i, *on], :2] += move  # with what stands on it
                     arm = np.clip(np.subtract(a[:2], b[:2]), -b[3], b[3])
                     self.block[i, 3] += (arm[0] * move[1] - arm[1] * move[0]) / (2 * b[3]) ** 2
-                    all_ = self._solids()
+                    s = self._solids()
         for i in sorted(loose, key=lambda i: self.block[i, 2]):
-            all_ = self._solids()
-            under = [b for b in all_[:count] if b[5] < all_[i][5] - 0.01]
-            tops = [b[6] for b in under if _free((*all_[i][:2], 0, 0, 0), b)]
+            s = self._solids()
+            under = [b for b in s[:count] if b[5] < s[i][5] - 0.01]
+            tops = [b[6] for b in under if _free((*s[i][:2], 0, 0, 0), b)]
             self.block[i, 2] = max([0.0, *tops]) + self.half[i]
 
     def step(self, action: Sequence[float]) -> None:
@@ -936,10 +934,8 @@ class ToyWorld:
             if self.held >= 0:
                 hand.append(blocks.pop(self.held))
             for a in hand:
-                below = [
-                    b[6] for b in blocks if b[6] - 0.002 < a[5] < b[6] - part[2] and _free(a, b)
-                ]
-                part[2] = max(part[2], max([0.0, *below]) - a[5])
+                tops = [b[6] for b in blocks if -0.002 < a[5] - b[6] < -part[2] and _free(a, b)]
+                part[2] = max(part[2], max([0.0, *tops]) - a[5])
             self.gripper, self.yaw = self.gripper + part[:3], float(self.yaw + part[3])
             if self.held >= 0:
                 self.block[self.held] = [*(self.gripper + self.hold @ _axes(self.yaw)), self.yaw]
@@ -959,7 +955,7 @@ class ToyWorld:
             axis = (end - start) / LINK
             axes = np.array([axis, side, UP * (axis @ radial) - radial * axis[2]])
             parts.append(((start + end) / 2, axes, (LINK / 2 + 0.012, width, width), (238,) * 3))
-        colours = [COLOURS.get(name, (96, 94, 100)) for name in self.names]
+        colours = [COLOURS.get(name, (150, 146, 138)) for name in self.names]
         colours += [(44, 46, 52), (44, 46, 52), (88, 92, 102)]
         for (x, y, yaw, *half, low, high), rgb in zip(self._solids(), colours, strict=True):
             size = (*half, (high - low) / 2)
@@ -976,7 +972,7 @@ class ToyWorld:
             table = (rays[..., 2] < 0) & (np.abs(x - 0.20) < 0.46) & (np.abs(y) < 0.48)
             plank = np.floor(y / 0.085 + float(self.vary[3]))
             wave = np.sin(260 * y + 3 * np.sin(9 * x + 4 * np.sin(92 * plank)) + 7 * plank)
-            wood = 1 + 0.1 * np.sin(2.4 * plank) + 0.035 * wave
+            wood = 1 + 0.07 * np.sin(2.4 * plank) + 0.035 * wave
             image = np.multiply.outer(wood, (1 + 0.35 * self.vary[:3]) * (186, 150, 92))
             for radius, colour in ((0.068, (250, 250, 250)), (0.05, (216, 220, 228))):
                 image[np.hypot(x - self.plate[0], y - self.plate[1]) < radius] = colour
@@ -1031,9 +1027,16 @@ def toy_policy(world: ToyWorld, kind: str, rng: np.random.Generator) -> Iterator
     def carry(i, support, error=0.0):
         h, yaw = world.half[i], (world.block[i, 3] + math.pi / 4) % (math.pi / 2) - math.pi / 4
         at, put = world.block[i, :3] + error - 0.4 * h * UP, support + (0.6 * h + 0.004) * UP
-        yield from [(at + rise, 1, yaw, 14, 0.02), (at, 1, yaw, 6, 0.006), (at, 0, yaw, 1, 0)]
-        yield from [(at + rise, 0, yaw, 6, 0.045), (put + rise, 0, None, 14, 0.02)]
-        yield from [(put, 0, None, 6, 0.008), (put, 1, None, 1, 0), (put + rise, 1, None, 6, 0.045)]
+        yield from [
+            (at + rise, 1, yaw, 14, 0.02),
+            (at, 1, yaw, 6, 0.008),
+            (at + rise, 0, yaw, 6, 0.04),
+        ]
+        yield from [
+            (put + rise, 0, None, 14, 0.02),
+            (put, 0, None, 6, 0.008),
+            (put + rise, 1, None, 6, 0.04),
+        ]
 
     def push(i):
         yaw, at = rng.uniform(-math.pi, math.pi), np.append(world.block[i, :2], 0.02)
@@ -1050,9 +1053,8 @@ def toy_policy(world: ToyWorld, kind: str, rng: np.random.Generator) -> Iterator
             support = world.block[1, :3] + world.half[1] * UP if world.stack else world.plate
             error = rng.uniform(0.9, 1.3) * _axes(rng.uniform(-math.pi, math.pi))[0]
             which = int(rng.integers(1, count)) if miss == 3 else 0
-            yield from carry(
-                which, support + 0.09 * error * (miss == 2), 0.045 * error * (miss == 1)
-            )
+            support = support + 0.09 * error * (miss == 2)
+            yield from carry(which, support, 0.045 * error * (miss == 1))
         while kind in ("expert", "near_miss"):
             yield anywhere(0.12), 1, rng.uniform(-0.8, 0.8), 3, 0.045
         while kind == "play":
@@ -1077,7 +1079,7 @@ def toy_policy(world: ToyWorld, kind: str, rng: np.random.Generator) -> Iterator
 
 
 def toy_episode(config: ToyConfig, seed: Sequence[int]) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Play one episode: frames (V, T, H, W, 3), actions (T, 7), metadata for `toy_state_at`."""
+    """Play one episode: frames (V, T, H, W, 3), actions (T, 10), metadata for `toy_state_at`."""
     world, rng = ToyWorld(config, seed), np.random.default_rng([*seed, 1])
     kind = str(rng.choice(POLICIES, p=np.array(config.policies) / sum(config.policies)))
     policy, frames, actions = toy_policy(world, kind, rng), [], []
@@ -1089,7 +1091,7 @@ def toy_episode(config: ToyConfig, seed: Sequence[int]) -> tuple[np.ndarray, np.
     toy = {"config": dataclasses.asdict(config), "seed": [*seed], "policy": kind}
     toy["actions"] = np.round(np.array(actions, float), 5).tolist()
     meta = {"language": world.goal, "success": world.success, "fps": 5, "source": "toy", "toy": toy}
-    return np.stack(frames, 1), np.stack(actions), meta
+    return np.stack(frames, 1), map_actions(np.stack(actions), "bridge"), meta
 
 
 def toy_state_at(metadata: dict, t: int) -> ToyWorld:
@@ -1109,7 +1111,7 @@ def generate_toy(output_dir: str | Path, config: ToyConfig | None = None) -> Pat
     """
     config, folder = config or ToyConfig(), Path(output_dir) / "toy"
     header = {"dataset": "toy", "fps": 5, "action_mapping": "bridge", "image_size": config.size}
-    header["toy"] = json.loads(json.dumps({"version": 1, **dataclasses.asdict(config)}))
+    header["toy"] = json.loads(json.dumps({"version": 2, **dataclasses.asdict(config)}))
     if folder.exists():
         if read_index(folder)[0].get("toy") == header["toy"]:
             return folder
@@ -1119,11 +1121,8 @@ def generate_toy(output_dir: str | Path, config: ToyConfig | None = None) -> Pat
     entries = {"train": [], "test": []}
     for number, split, count in ((0, "train", config.episodes), (1, "test", config.test_episodes)):
         for i in tqdm(range(count), f"toy {split}", disable=None):
-            frames, actions, metadata = toy_episode(config, (config.seed, number, i))
-            path = partial / split / f"{i:09d}.safetensors"
-            entries[split].append(
-                write_episode(path, frames, map_actions(actions, "bridge"), metadata)
-            )
+            episode = toy_episode(config, (config.seed, number, i))
+            entries[split].append(write_episode(partial / split / f"{i:09d}.safetensors", *episode))
     append_index(partial, header)
     append_index(partial, {"shard": "toy", "episodes": entries})
     partial.rename(folder)
