@@ -1,8 +1,8 @@
 """Read, convert and serve robot episodes; own every file that the project writes.
 
-    python data.py --dataset_name bridge_v2 --output_dir ./data                 download and convert
-    python data.py --dataset_name bridge_v2 --output_dir ./data --source DIR    convert what is here
-    python data.py --inspect ./data/bridge_v2                                   look at the result
+    python data.py --dataset_name bridge_v2 --output_dir ./data                download and convert
+    python data.py --dataset_name bridge_v2 --output_dir ./data --source DIR   convert what is here
+    python data.py --inspect ./data/bridge_v2                                  look at the result
 
     shard or folder --read--> episode --convert--> NNNNNNNNN.safetensors --EpisodeDataset--> clip
 
@@ -10,7 +10,7 @@ Shapes: B batch, V views, T frames, H W pixels, h w C latent grid and channels, 
     frames   (T, H, W, 3) or (V, T, H, W, 3)   float32 in [0, 1]
     actions  (T, A)                            action[t] drives frame t to frame t + 1
 Sources: RLDS (Ramos et al. 2021, arXiv 2111.02767), Bridge V2 (Walke et al. 2023, arXiv
-2308.12952), Open X-Embodiment (arXiv 2310.08864), and the released code of arXiv 2605.06388.
+2308.12952), Open X-Embodiment (arXiv 2310.08864), released code of arXiv 2605.06388.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ import numpy as np
 import torch
 import torch.distributed
 import torch.utils.data
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize_tensors
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
-# Errors and files. Everyone may import this section.
+# Errors and files. Everyone may import this section and the next.
 
 
 class InputError(ValueError):
@@ -74,22 +74,19 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def parse_args(cls: type, toy: Any = None) -> Any:
+def parse_args(cls: type, toy: Any = None, default: Any = None) -> Any:
     """Parse the command line into a config dataclass with tyro: `--flag value` for every field.
 
-    toy  the defaults when the first word is 'toy' (the embedded world); None: no such word
+    toy      the defaults when the first word is 'toy' (the embedded world); None: no such word
+    default  the defaults otherwise; None: those of `cls`
     """
     import tyro
 
     words = [{"true": "True", "false": "False"}.get(word, word) for word in sys.argv[1:]]
-    embedded = toy is not None and words[:1] == ["toy"]
-    return tyro.cli(
-        cls,
-        args=words[1:] if embedded else words,
-        default=toy if embedded else None,
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
-    )
+    if toy is not None and words[:1] == ["toy"]:
+        words, default = words[1:], toy
+    flags = (tyro.conf.FlagConversionOff,)
+    return tyro.cli(cls, args=words, default=default, use_underscores=True, config=flags)
 
 
 def write_atomic(path: str | Path, write: bytes | Callable[[Path], None]) -> None:
@@ -226,19 +223,15 @@ class Processes(NamedTuple):
 
 def init_processes(device: str | None = None, timeout_minutes: float = 60) -> Processes:
     """Join the process group when torchrun started us (NCCL on CUDA, gloo elsewhere)."""
-    rank, world, local_rank = (
-        int(os.environ.get(name, value))
-        for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
+    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in names)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type == "cuda":
         where = torch.device("cuda", local_rank if where.index is None else where.index)
         torch.cuda.set_device(where)
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(
-            "nccl" if where.type == "cuda" else "gloo",
-            timeout=datetime.timedelta(minutes=timeout_minutes),
-        )
+        backend, timeout = "nccl" if where.type == "cuda" else "gloo", 60 * timeout_minutes
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     return Processes(rank, world, local_rank, where)
 
 
@@ -254,13 +247,11 @@ def write_gif(path: str | Path, frames: torch.Tensor | np.ndarray, fps: float = 
     """Write an endless GIF of frames (T, H, W, 3) with one palette for all of them: no flicker."""
     frames = to_uint8(frames)
     assert frames.ndim == 4 and frames.shape[-1] == 3, frames.shape
-    picked = frames[:: max(1, len(frames) // 16)]
-    palette = Image.fromarray(np.concatenate(picked)).quantize(256, Image.Quantize.FASTOCTREE)
-    images = [
-        Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames
-    ]
-    options = {"save_all": True, "append_images": images[1:], "duration": 1000 / fps, "loop": 0}
-    write_atomic(path, lambda temporary: images[0].save(temporary, "GIF", **options))
+    picked = Image.fromarray(np.concatenate(frames[:: max(1, len(frames) // 16)]))
+    palette, flat = picked.quantize(256, Image.Quantize.FASTOCTREE), Image.Dither.NONE
+    first, *others = [Image.fromarray(f).quantize(palette=palette, dither=flat) for f in frames]
+    options = {"save_all": True, "append_images": others, "duration": 1000 / fps, "loop": 0}
+    write_atomic(path, lambda temporary: first.save(temporary, "GIF", **options))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -270,28 +261,28 @@ ACTION_DIM = 10  # xyz (3), rotation (3), gripper (1: -1 open, +1 closed), base 
 REMEDY = "convert the data set again"
 
 
-def open_image(image: bytes, where: str) -> Image.Image:
-    """Open a JPEG or PNG without decoding it; more than 4096 pixels a side are refused."""
+def open_frame(image: bytes | np.ndarray, where: str) -> Image.Image:
+    """Open a uint8 array (H, W, 3), or JPEG or PNG bytes without decoding them."""
     try:
-        opened = Image.open(io.BytesIO(image), formats=("JPEG", "PNG"))
-    except (OSError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: not a JPEG or PNG image; {REMEDY}") from error
+        if isinstance(image, bytes):
+            opened = Image.open(io.BytesIO(image), formats=("JPEG", "PNG"))
+        elif image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+            opened = Image.fromarray(image)
+        else:
+            raise ValueError(f"{image.dtype} {image.shape}")
+    except (OSError, ValueError, TypeError, AttributeError, Image.DecompressionBombError) as error:
+        raise InputError(f"{where}: not a JPEG, PNG or uint8 (H, W, 3) image; {REMEDY}") from error
     if max(opened.size) > 4096:
         raise InputError(f"{where}: an image of {opened.size} pixels is too large; {REMEDY}")
     return opened
 
 
 def decode_frame(image: bytes | np.ndarray, size: int | None, where: str) -> np.ndarray:
-    """Return an image file or array as uint8 (H, W, 3), resized to `size` squared unless None."""
-    if isinstance(image, bytes):
-        try:
-            rgb = open_image(image, where).convert("RGB")
-        except (OSError, SyntaxError) as error:
-            raise InputError(f"{where}: broken image ({error}); {REMEDY}") from error
-    elif getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise InputError(f"{where}: an image must be JPEG, PNG or a uint8 array (H, W, 3)")
-    else:
-        rgb = Image.fromarray(image)
+    """Return an image as uint8 (H, W, 3), resized to `size` squared unless that is None."""
+    try:
+        rgb = open_frame(image, where).convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise InputError(f"{where}: broken image ({error}); {REMEDY}") from error
     if size and rgb.size != (size, size):
         rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(rgb)
@@ -299,11 +290,10 @@ def decode_frame(image: bytes | np.ndarray, size: int | None, where: str) -> np.
 
 def encode_frame(image: bytes | np.ndarray, size: int | None, where: str) -> bytes:
     """Return JPEG bytes; a JPEG that has the size already passes through undecoded."""
-    if isinstance(image, bytes):
-        opened = open_image(image, where)
-        fits = size is None or opened.size == (size, size)
-        if fits and opened.format == "JPEG" and opened.mode == "RGB":
-            return image
+    opened = open_frame(image, where)
+    fits = size is None or opened.size == (size, size)
+    if isinstance(image, bytes) and fits and (opened.format, opened.mode) == ("JPEG", "RGB"):
+        return image
     buffer = io.BytesIO()
     Image.fromarray(decode_frame(image, size, where)).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
@@ -319,18 +309,17 @@ def write_episode(
     metadata  language, success (True, False, None), fps, source; views: camera numbers if not 0...
     size      resize the frames unless they have this side already
     """
-    frames = list(frames)
+    frames, actions = list(frames), np.asarray(actions, np.float32)
     if frames and not isinstance(frames[0], (list, tuple)) and np.ndim(frames[0]) != 4:
         frames = [frames]
-    actions, counts = np.asarray(actions, np.float32), {len(view) for view in frames}
-    if not len(actions) or counts != {len(actions)} or actions.shape[1:] != (ACTION_DIM,):
+    counts = {len(view) for view in frames}
+    if counts != {len(actions)} - {0} or actions.shape[1:] != (ACTION_DIM,):
         raise InputError(
             f"{path}: {sorted(counts)} frames beside actions {actions.shape}; give every frame one "
             f"action of width {ACTION_DIM}"
         )
     if not np.isfinite(actions).all():
-        row = int(np.argwhere(~np.isfinite(actions))[0, 0])
-        raise InputError(f"{path}: action {row} is not finite; mend or leave out this episode")
+        raise InputError(f"{path}: an action is not finite; mend or leave out this episode")
     jpegs = [encode_frame(frame, size, str(path)) for view in frames for frame in view]
     metadata = {"language": "", "success": None, "views": list(range(len(frames))), **metadata}
     tensors = {
@@ -401,75 +390,65 @@ def append_index(folder: str | Path, record: dict) -> None:
         os.fsync(file.fileno())
 
 
-def read_index(folder: str | Path) -> tuple[dict, list[dict]]:
-    """Read `folder/index.jsonl`: the description, then one record a shard."""
-    path = Path(folder) / "index.jsonl"
+def read_index(folder: str | Path) -> tuple[dict, list[dict], dict[str, list[dict]]]:
+    """Read `folder/index.jsonl`: (description, a record each shard, episode entries by split)."""
+    path, splits = Path(folder) / "index.jsonl", {}
     if not path.is_file():
-        raise MissingFileError(
-            f"{path}: no such data set; convert it with: python data.py --dataset_name "
-            f"{path.parent.name} --output_dir {path.parent.parent}"
-        )
+        flags = f"--dataset_name {path.parent.name} --output_dir {path.parent.parent}"
+        raise MissingFileError(f"{path}: no such data set; convert it: python data.py {flags}")
     try:
         header, *records = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-        for entry in [e for r in records for es in r["episodes"].values() for e in es]:
-            if not isinstance(entry["number"], int) or entry["length"] < 1 or not entry["views"]:
-                raise ValueError(f"entry {entry}")
+        records = list({record["shard"]: record for record in records}.values())
+        for split, entries in [pair for r in records for pair in r["episodes"].items()]:
+            splits.setdefault(split, []).extend(entries)
+            for entry in entries:
+                if type(entry["number"]) is not int or entry["length"] < 1 or not entry["views"]:
+                    raise ValueError(f"entry {entry}")
         float(header["fps"]), str(header["action_mapping"])
-        return header, list({record["shard"]: record for record in records}.values())
+        return header, records, splits
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged index ({error!r}); {REMEDY}") from error
-
-
-def read_split(folder: str | Path, split: str) -> tuple[dict, list[dict]]:
-    """Return the description of a data set and the index entries of one split."""
-    header, records = read_index(folder)
-    return header, [entry for record in records for entry in record["episodes"].get(split, ())]
 
 
 # ------------------------------------------------------------------------------------------------
 # Public data sets: where they are and what their actions mean.
 
-
-class ActionMapping(NamedTuple):
-    """Raw actions to model units: clip(gain * (raw - mean), -limit, limit), and the gripper."""
-
-    xyz_gain: Any = 1.0
-    xyz_limit: float = np.inf
-    rotation_gain: float = 1.0
-    rotation_limit: float = np.inf
-    gripper: str = "raw"  # or "open": 1 is open, 0 closed; or "policy": open above 0.8
-    xyz_mean: Any = 0.0
-
-
-_JACO_STD = np.array((0.12234575, 0.09676983, 0.11155209))
-ACTION_MAPPINGS = {  # bounds of the released code of arXiv 2605.06388
-    "raw": ActionMapping(),
-    "bridge": ActionMapping(1.75 / 0.05, 1.74, 1.4 / 0.25, 1.39, "open"),
-    "bridge_policy": ActionMapping(1.75 / 0.05, 1.75, 1.4 / 0.25, 1.4, "policy"),
-    "libero": ActionMapping(1.75 / 1.0, 1.74, 1.4 / 0.4, 1.39),
-    "taco_play": ActionMapping(1.75 / 0.05, 1.74, 1.4 / 0.25, 1.39),
-    "jaco_play": ActionMapping(1 / _JACO_STD, xyz_mean=(0.00096585, -0.00580069, -0.00395066)),
-    "nyu_door": ActionMapping(20.0, rotation_gain=15.0),
-    "viola": ActionMapping(1.75, rotation_gain=3.0),
-    "autolab_ur5": ActionMapping(100.0, rotation_gain=15.0),
-    "toto": ActionMapping(2.0),  # its gripper stays 1 = open, 0 = closed, as in that code
+ACTION_MAPPINGS = {  # clip(gain * (raw - mean), -limit, limit); bounds as in arXiv 2605.06388's code
+    # name: gain and limit of xyz, gain and limit of rotation, gripper [, mean of xyz]
+    "raw": (1.0, np.inf, 1.0, np.inf, "raw"),
+    "bridge": (1.75 / 0.05, 1.74, 1.4 / 0.25, 1.39, "open"),  # 1 open, 0 closed -> -1, +1
+    "bridge_policy": (1.75 / 0.05, 1.75, 1.4 / 0.25, 1.4, "policy"),  # above 0.8 open
+    "libero": (1.75 / 1.0, 1.74, 1.4 / 0.4, 1.39, "raw"),
+    "taco_play": (1.75 / 0.05, 1.74, 1.4 / 0.25, 1.39, "raw"),
+    "jaco_play": (
+        (1 / 0.12234575, 1 / 0.09676983, 1 / 0.11155209),
+        np.inf,
+        1.0,
+        np.inf,
+        "raw",
+        (0.00096585, -0.00580069, -0.00395066),
+    ),  # fmt: skip
+    "nyu_door": (20.0, np.inf, 15.0, np.inf, "raw"),
+    "viola": (1.75, np.inf, 3.0, np.inf, "raw"),
+    "autolab_ur5": (100.0, np.inf, 15.0, np.inf, "raw"),
+    "toto": (2.0, np.inf, 1.0, np.inf, "raw"),  # gripper 1 = open, 0 = closed, as in that code
 }
 
 
 def map_actions(raw: np.ndarray, mapping: str) -> np.ndarray:
     """Map a robot's actions (..., 7 to 10) to model units (..., 10); missing entries are 0."""
-    raw, m = np.asarray(raw, np.float64), ACTION_MAPPINGS.get(mapping)
-    if m is None:
+    raw = np.asarray(raw, np.float64)
+    if mapping not in ACTION_MAPPINGS:
         raise InputError(f"action mapping {mapping!r}: use one of {', '.join(ACTION_MAPPINGS)}")
     if not raw.ndim or not 7 <= raw.shape[-1] <= ACTION_DIM:
         raise InputError(f"actions are {raw.shape}; the last axis must have 7 to {ACTION_DIM}")
+    gain, limit, turn_gain, turn_limit, gripper, mean = (*ACTION_MAPPINGS[mapping], 0.0)[:6]
     out = np.zeros((*raw.shape[:-1], ACTION_DIM), np.float32)
     out[..., : raw.shape[-1]] = raw
-    out[..., :3] = np.clip((raw[..., :3] - m.xyz_mean) * m.xyz_gain, -m.xyz_limit, m.xyz_limit)
-    out[..., 3:6] = np.clip(raw[..., 3:6] * m.rotation_gain, -m.rotation_limit, m.rotation_limit)
-    if m.gripper != "raw":
-        is_open = np.round(raw[..., 6]) if m.gripper == "open" else raw[..., 6] > 0.8
-        out[..., 6] = 1 - 2 * is_open
+    out[..., :3] = np.clip((raw[..., :3] - mean) * gain, -limit, limit)
+    out[..., 3:6] = np.clip(raw[..., 3:6] * turn_gain, -turn_limit, turn_limit)
+    if gripper != "raw":
+        out[..., 6] = 1 - 2 * (raw[..., 6] > 0.8 if gripper == "policy" else np.round(raw[..., 6]))
     return out
 
 
@@ -484,30 +463,41 @@ class Source(NamedTuple):
     success: str = ""  # key in episode_metadata, or "reward": that of the last step
 
 
-_RAIL, _GCS = "https://rail.eecs.berkeley.edu/datasets/", "gs://gresearch/robotics/"
-_BRIDGE, _VIEWS = _RAIL + "bridge_release/data/tfds/bridge_dataset/1.0.0", ("image_0",)
-_LIBERO = "https://huggingface.co/datasets/openvla/modified_libero_rlds/resolve/main/libero_"
-_AUTOLAB, _NYU = "berkeley_autolab_ur5", "nyu_door_opening_surprising_effectiveness"
-_IMAGE = ("image",)
+_RAIL, _GCS = "https://rail.eecs.berkeley.edu/datasets/", "gs://gresearch/robotics/{}/0.1.0"
+_BRIDGE = _RAIL + "bridge_release/data/tfds/bridge_dataset/1.0.0"
+_LIBERO = (
+    "https://huggingface.co/datasets/openvla/modified_libero_rlds/resolve/main/{}_no_noops/1.0.0"
+)
+_NYU, _CABLE = "nyu_door_opening_surprising_effectiveness", "berkeley_cable_routing"
 SOURCES = {
-    "bridge_v2": Source(_BRIDGE, 124, _VIEWS, "bridge", 5, "reward"),
-    "bridge_v2_multiview": Source(
-        _BRIDGE, 124, (*_VIEWS, "image_1", "image_2", "image_3"), "bridge", 5, "reward"
-    ),
-    "soar": Source(_RAIL + "soar_release/1.0.0", None, _VIEWS, "bridge", 5, "success"),
-    "bridge": Source(_GCS + "bridge/0.1.0", 387, _IMAGE, "bridge", 5),  # not V2
-    "rt_1": Source(_GCS + "fractal20220817_data/0.1.0", 111, _IMAGE, "raw", 3, "reward"),
-    "taco_play": Source(_GCS + "taco_play/0.1.0", 48, ("rgb_static",), "taco_play", 15),
-    "jaco_play": Source(_GCS + "jaco_play/0.1.0", 9, _IMAGE, "jaco_play", 10),
-    "berkeley_cable_routing": Source(_GCS + "berkeley_cable_routing/0.1.0", 5, _IMAGE, "raw", 10),
-    "roboturk": Source(_GCS + "roboturk/0.1.0", 45, ("front_rgb",), "raw", 10),
-    _NYU: Source(f"{_GCS}{_NYU}/0.1.0", 7, _IMAGE, "nyu_door", 3),
-    "viola": Source(_GCS + "viola/0.1.0", 10, ("agentview_rgb",), "viola", 20),
-    _AUTOLAB: Source(f"{_GCS}{_AUTOLAB}/0.1.0", 76, _IMAGE, "autolab_ur5", 5),
-    "toto": Source(_GCS + "toto/0.1.0", 128, _IMAGE, "toto", 30),
-} | {
-    f"libero_{k}": Source(f"{_LIBERO}{k}_no_noops/1.0.0", None, _IMAGE, "libero", 20, "reward")
-    for k in ("10", "object", "goal", "spatial")
+    name: Source(url.format(name), size, tuple(cameras.split()), *rest)
+    for name, url, size, cameras, *rest in (
+        ("bridge_v2", _BRIDGE, 124, "image_0", "bridge", 5, "reward"),
+        (
+            "bridge_v2_multiview",
+            _BRIDGE,
+            124,
+            "image_0 image_1 image_2 image_3",
+            "bridge",
+            5,
+            "reward",
+        ),
+        ("soar", _RAIL + "soar_release/1.0.0", None, "image_0", "bridge", 5, "success"),
+        ("bridge", _GCS, 387, "image", "bridge", 5),  # the older Bridge
+        ("rt_1", _GCS.format("fractal20220817_data"), 111, "image", "raw", 3, "reward"),
+        ("taco_play", _GCS, 48, "rgb_static", "taco_play", 15),
+        ("jaco_play", _GCS, 9, "image", "jaco_play", 10),
+        (_CABLE, _GCS, 5, "image", "raw", 10),
+        ("roboturk", _GCS, 45, "front_rgb", "raw", 10),
+        (_NYU, _GCS, 7, "image", "nyu_door", 3),
+        ("viola", _GCS, 10, "agentview_rgb", "viola", 20),
+        ("berkeley_autolab_ur5", _GCS, 76, "image", "autolab_ur5", 5),
+        ("toto", _GCS, 128, "image", "toto", 30),
+        ("libero_10", _LIBERO, None, "image", "libero", 20, "reward"),
+        ("libero_object", _LIBERO, None, "image", "libero", 20, "reward"),
+        ("libero_goal", _LIBERO, None, "image", "libero", 20, "reward"),
+        ("libero_spatial", _LIBERO, None, "image", "libero", 20, "reward"),
+    )
 }
 
 
@@ -539,14 +529,14 @@ def masked_crc32c(message: bytes) -> int:
     """
     size = len(message)
     power = max(2, min(9, size.bit_length() // 2))  # 2^power bytes a lane
-    padded = np.zeros(-(-size >> power) << power, np.uint8)
+    lanes = max(1, -(-size >> power))
+    padded = np.zeros(lanes << power, np.uint8)
     padded[len(padded) - size :] = np.frombuffer(message, np.uint8)
-    lanes = padded.view("<u4").reshape(-1, 1 << power >> 2)
-    state = np.zeros(max(1, len(lanes)), np.uint32)
-    for word in lanes.T if size else ():
+    state = np.zeros(lanes, np.uint32)
+    for word in padded.view("<u4").reshape(lanes, -1).T:
         state = _linear(_append_zeros(2), state ^ word)
     while len(state) > 1:
-        state = np.pad(state, (len(state) % 2, 0))
+        state = np.concatenate([state[: len(state) % 2] * 0, state])
         state, power = _linear(_append_zeros(power), state[::2]) ^ state[1::2], power + 1
     start = np.uint32(0xFFFFFFFF)
     for bit in [bit for bit in range(size.bit_length()) if size >> bit & 1]:
@@ -582,11 +572,10 @@ def load_features(folder: Path, source: Source) -> tuple[Any, Any]:
     """
     import tensorflow_datasets as tfds
 
-    def refuse_foreign(node: dict) -> dict:
+    def refuse_foreign(node: dict) -> None:
         for name in (node.get("pythonClassName"), node.get("type")):
             if isinstance(name, str) and not name.startswith("tensorflow_datasets."):
                 raise InputError(f"{folder}/features.json: class {name} is not from RLDS; refused")
-        return node
 
     def skip_images(node: Any) -> Any:
         node = node.feature if isinstance(node, tfds.features.Dataset) else node
@@ -599,21 +588,18 @@ def load_features(folder: Path, source: Source) -> tuple[Any, Any]:
         json.loads((folder / "features.json").read_text(), object_hook=refuse_foreign)
         features = tfds.builder_from_directory(folder).info.features
         steps = features["steps"].feature
-        wanted = {
-            "observation": steps,
-            "action": steps,
-            **dict.fromkeys(source.cameras, steps["observation"]),
-        }
+        has = {*steps, *steps["observation"]}
     except InputError:
         raise
     except Exception as error:  # tfds raises a dozen types
         raise InputError(f"{folder}: no RLDS schema to read ({error!r}); fetch it again") from error
-    for name, node in wanted.items():
-        if name not in node:
-            raise InputError(
-                f"{folder}: no feature {name!r} among {', '.join(node)}; is this another data set?"
-            )
+    if missing := {"action", *source.cameras} - has:
+        raise InputError(f"{folder}: no feature {missing} among {has}; is this another data set?")
     return features, skip_images(features)
+
+
+_PARTS = {"world_vector": (0, 3), "rotation_delta": (3, 6), "gripper_closedness_action": (6, 7)}
+_PARTS |= {"open_gripper": (6, 7), "base_displacement_vector": (7, 9)}
 
 
 def raw_action(action: Any) -> np.ndarray:
@@ -621,53 +607,44 @@ def raw_action(action: Any) -> np.ndarray:
 
     The last entry, a base rotation in RT-1, stays 0: it is the models' "no action" flag.
     """
-    if isinstance(action, dict):
-        action = action.get("rel_actions_world", action)
+    if isinstance(action, dict) and "rel_actions_world" in action:
+        action = action["rel_actions_world"]
     if not isinstance(action, dict):
         return np.asarray(action, np.float32)
     flat = np.zeros(ACTION_DIM, np.float32)
-    flat[:3] = action["world_vector"]
-    for name, start, stop in (
-        ("rotation_delta", 3, 6),
-        ("gripper_closedness_action", 6, 7),
-        ("open_gripper", 6, 7),
-        ("base_displacement_vector", 7, 9),
-    ):
-        if name in action:
+    for name, (start, stop) in _PARTS.items():
+        if name in action or name == "world_vector":
             flat[start:stop] = np.ravel(action[name])
     return flat
 
 
 def unpack_example(example: dict, source: Source) -> tuple[list, np.ndarray, dict]:
-    """Take frames of the cameras that are there, raw actions and metadata out of an RLDS episode.
+    """Take the frames of the cameras that are there, raw actions and metadata out of an episode.
 
     A camera is missing where its flag has_<camera> says so, or, without a flag, where it is black.
     """
     steps, about = list(example["steps"]), example.get("episode_metadata", {})
-    frames, views = [], []
+    frames = {}
     for view, camera in enumerate(source.cameras):
         images = [step["observation"][camera] for step in steps]
         there = about.get(f"has_{camera}")
-        if there or (there is None and (not view or decode_frame(images[0], None, "").max() > 15)):
-            frames, views = [*frames, images], [*views, view]
-    if views[:1] != [0]:
+        if there or there is None and (not view or decode_frame(images[0], None, "").max() > 15):
+            frames[view] = images
+    if 0 not in frames:
         raise InputError(f"the main camera {source.cameras[0]} is missing")
-    places = itertools.product(
-        (steps[0]["observation"], steps[0]),
-        ("natural_language_instruction", "language_instruction"),
-    )
-    language = next((place[key] for place, key in places if place.get(key)), b"")
+    texts = [
+        part.get(f"{kind}language_instruction")
+        for part in (steps[0]["observation"], steps[0])
+        for kind in ("natural_", "")
+    ]
     success = {**about, "reward": steps[-1].get("reward")}.get(source.success)
-    return (
-        frames,
-        np.stack([raw_action(step["action"]) for step in steps]),
-        {
-            "views": views,
-            "language": language.decode(errors="replace"),
-            "success": None if success is None else bool(success > 0.5),
-            "episode": str(about.get("file_path", b""), "utf-8", "replace"),
-        },
-    )
+    metadata = {
+        "views": [*frames],
+        "language": next(filter(None, texts), b"").decode(errors="replace"),
+        "success": None if success is None else bool(success > 0.5),
+        "file": about.get("file_path", b"").decode(errors="replace"),
+    }
+    return [*frames.values()], np.stack([raw_action(step["action"]) for step in steps]), metadata
 
 
 def read_shard(path: Path, source: Source, schema: tuple[Any, Any], check: bool) -> Iterator[Any]:
@@ -690,19 +667,17 @@ def read_own(path: Path) -> Iterator[Any]:
     try:
         if path.is_file():
             with np.load(path) as file:
-                values = {name: file[name] for name in file.files}
-            frames, actions = values.pop("frames"), values.pop("actions")
-            metadata = {name: value.item() for name, value in values.items()}
+                metadata = {name: file[name] for name in file.files}
+            frames, actions = metadata.pop("frames"), metadata.pop("actions")
+            metadata = {name: value.item() for name, value in metadata.items()}
         else:
             cameras = sorted(p for p in path.iterdir() if p.is_dir()) or [path]
-            frames = [
-                [p.read_bytes() for p in sorted(camera.iterdir()) if p.suffix in PICTURES]
-                for camera in cameras
-            ]
+            names = [sorted(p for p in c.iterdir() if p.suffix in PICTURES) for c in cameras]
+            frames = [[name.read_bytes() for name in view] for view in names]
             actions, about = np.load(path / "actions.npy"), path / "metadata.json"
             metadata = json.loads(about.read_bytes()) if about.exists() else {}
-        known = {k: metadata[k] for k in ("language", "success", "fps", "views") if k in metadata}
-        yield frames, actions, known
+        known = ("language", "success", "fps")
+        yield frames, actions, {name: metadata[name] for name in known if name in metadata}
     except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         yield InputError(f"{path}: no episode to read ({error!r}); it needs frames and actions")
 
@@ -1210,12 +1185,12 @@ def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tr
             raise ConnectionError("the bytes that came have another MD5")
         except (OSError, http.client.HTTPException) as error:
             code = getattr(error, "code", 500)
+            if getattr(error, "errno", 0) in DISK_FULL:
+                raise
             if code == 416:
                 part.unlink()  # longer than the file: begin again
             elif code < 500 and code not in (408, 429):
                 raise InputError(f"{url}: the server says {error}; check --source") from error
-            elif getattr(error, "errno", 0) in DISK_FULL:
-                raise
             arrived = part.stat().st_size if part.exists() else 0
             failures = 0 if arrived > furthest else failures + 1
             furthest = max(furthest, arrived)
@@ -1229,11 +1204,11 @@ def list_shards(folder: Path, local: bool, args: Args) -> tuple[list[Shard], int
 
     On disk a file's prefix need not be the data set's name, and shards may be missing.
     """
-    found, shards, numbers, size, missing = {}, [], itertools.count(0, 10_000), 0, 0
-    for path in folder.iterdir() if local else ():
-        if match := re.fullmatch(r".+-([\w.]+)\.tfrecord-(\d{5})-of-\d{5}", path.name):
-            found[match[1], int(match[2])] = path.name
-    wanted = {s.strip() for s in args.splits.split(",") if s.strip()}
+    shards, numbers, size, missing = [], itertools.count(0, 10_000), 0, 0
+    pattern = r".+-([\w.]+)\.tfrecord-(\d{5})-of-\d{5}"
+    matches = [re.fullmatch(pattern, path.name) for path in folder.iterdir()] if local else []
+    found = {(match[1], int(match[2])): match[0] for match in matches if match}
+    wanted = {split.strip() for split in args.splits.split(",")} - {""}
     try:
         info = json.loads((folder / "dataset_info.json").read_bytes())
         targets = {split["name"]: TARGETS.get(split["name"], "") for split in info["splits"]}
@@ -1244,14 +1219,16 @@ def list_shards(folder: Path, local: bool, args: Args) -> tuple[list[Shard], int
             for i, (count, first) in enumerate(zip(counts, numbers, strict=False)):
                 file = f"{info['name']}-{name}.tfrecord-{i:05d}-of-{len(counts):05d}"
                 file = found.get((name, i)) if local else file
-                if wanted and not wanted & {name, targets[name]} or taken == args.max_shards > 0:
+                if taken == (args.max_shards or -1) or (
+                    wanted and not wanted & {name, targets[name]}
+                ):
                     continue
-                elif file is None:
+                if file:
+                    target = targets[name] if "test" in targets.values() else ""
+                    shards.append(Shard(file, target, first, count))
+                    taken += 1
+                else:
                     missing += 1
-                    continue
-                taken += 1
-                target = targets[name] if "test" in targets.values() else ""
-                shards.append(Shard(file, target, first, count))
             size += int(split["numBytes"]) * taken // max(1, len(counts))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: unreadable dataset_info.json ({error!r})") from error
@@ -1270,69 +1247,16 @@ def list_own(root: Path, folder: Path) -> list[Shard]:
             '    frames = [f.to_ndarray(format="rgb24") for f in av.open(video).decode(video=0)]\n'
             "    np.savez(name, frames=np.stack(frames), actions=actions, language=text)"
         )
-    done = read_index(folder)[1] if (folder / "index.jsonl").exists() else []
-    numbers = [e["number"] for r in done for es in r["episodes"].values() for e in es]
-    names = {record["shard"] for record in done}
-    paths = sorted([*root.rglob("*.npz"), *(p.parent for p in root.rglob("actions.npy"))])
-    paths = [path.relative_to(root) for path in paths]
-    paths = [path for path in paths if str(path) not in names]
-    start = max(numbers, default=-1) + 1
-    return [Shard(str(p), TARGETS.get(p.parts[0], ""), start + i, 1) for i, p in enumerate(paths)]
+    _, records, splits = read_index(folder) if (folder / "index.jsonl").exists() else (0, [], {})
+    start = 1 + max((entry["number"] for split in splits.values() for entry in split), default=-1)
+    paths = [*root.rglob("*.npz"), *(path.parent for path in root.rglob("actions.npy"))]
+    names = {str(path.relative_to(root)) for path in paths} - {r["shard"] for r in records}
+    targets = [(name, TARGETS.get(name.split(os.sep)[0], "")) for name in sorted(names)]
+    return [Shard(*pair, start + i, 1) for i, pair in enumerate(targets)]
 
 
-def convert_shard(episodes: Iterable[Any], shard: Shard, folder: Path, header: dict, skip: bool):
-    """Write a shard's episodes; return its record for the index.
-
-    Raises InputError at a bad episode, with nothing of the shard left, unless `skip` lists it.
-    """
-    record, files, number = {"shard": shard.name, "episodes": {}, "errors": []}, [], -1
-    try:
-        for number, episode in enumerate(itertools.chain(episodes, (None,))):
-            try:
-                if episode is None:
-                    if number != shard.count:
-                        raise InputError(
-                            f"{number} of {shard.count} episodes; fetch the shard again"
-                        )
-                    break
-                if isinstance(episode, InputError):
-                    raise episode
-                frames, raw, about = episode
-                key = about.pop("episode", "") or f"{shard.name}/{number}"
-                hashed = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10 == 0
-                split = shard.target or ("test" if hashed else "train")
-                path = folder / split / f"{shard.first + number:09d}.safetensors"
-                about = {"fps": header["fps"], "source": f"{shard.name}#{number}", **about}
-                actions = map_actions(raw, header["action_mapping"])
-                entry = write_episode(path, frames, actions, about, header["image_size"])
-                files.append(path)
-                record["episodes"].setdefault(split, []).append(entry)
-            except InputError as error:
-                message = f"{shard.name}, episode {number}: {error}"
-                if not skip:
-                    raise InputError(f"{message} (or leave it out: --on_error skip)") from error
-                record["errors"].append(message)
-    except BaseException:
-        for path in files:
-            path.unlink(missing_ok=True)
-        raise
-    return record
-
-
-class Work(NamedTuple):
-    """What a conversion reads."""
-
-    shards: list[Shard]
-    size: int  # bytes in all, 0: not known
-    read: Callable[[Path], Iterator[Any]]
-    base: Path  # folder of the shards
-    url: str  # where they are fetched from, "": they are in `base`
-    fps: float
-    mapping: str
-
-
-def open_source(args: Args, folder: Path) -> Work:
-    """Find what to convert: RLDS behind a URL or in a folder, or a user's own episodes."""
+def open_source(args: Args, folder: Path) -> tuple[Source, Path, str, list[Shard], int, Callable]:
+    """Find what to convert: (source, folder of the shards, URL or "", shards, bytes, reader)."""
     public = SOURCES.get(args.dataset_name)
     where = args.source or (public.url if public else "")
     url = where if re.match("(https?|gs)://", where) else ""
@@ -1351,13 +1275,52 @@ def open_source(args: Args, folder: Path) -> Work:
         if len(found) > 1:
             raise InputError(f"{where}: {len(found)} data sets ({found[0]}, ...); name one of them")
         if not found:
-            return Work(list_own(Path(where), folder), 0, read_own, Path(where), "", 5.0, "raw")
+            own = Source("", None, (), "raw", 5.0)
+            return own, Path(where), "", list_own(Path(where), folder), 0, read_own
         base = found[0].parent
     if not public:
         raise InputError(f"{where}: RLDS data; say which with --dataset_name: {', '.join(SOURCES)}")
     schema, (shards, size) = load_features(base, public), list_shards(base, not url, args)
     read = functools.partial(read_shard, source=public, schema=schema, check=args.check_crc)
-    return Work(shards, size, read, base, url, public.fps, public.mapping)
+    return public, base, url, shards, size, read
+
+
+def convert_shard(episodes: Iterable[Any], shard: Shard, folder: Path, header: dict, skip: bool):
+    """Write a shard's episodes; return its record for the index.
+
+    Raises InputError at a bad episode, with nothing of the shard left, unless `skip` lists it.
+    """
+    record, files, i = {"shard": shard.name, "episodes": {}, "errors": []}, [], -1
+
+    def fail(error: InputError) -> None:
+        message = f"{shard.name}, episode {i}: {error}"
+        if not skip:
+            raise InputError(f"{message} (or leave it out: --on_error skip)") from error
+        record["errors"].append(message)
+
+    try:
+        for i, episode in enumerate(episodes):
+            try:
+                if isinstance(episode, InputError):
+                    raise episode
+                frames, raw, about = episode
+                name = about.pop("file", "") or f"{shard.name}/{i}"
+                hashed = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
+                split = shard.target or ("test" if hashed else "train")
+                files.append(folder / split / f"{shard.first + i:09d}.safetensors")
+                about = {"fps": header["fps"], "source": f"{shard.name}/{i}", **about}
+                actions = map_actions(raw, header["action_mapping"])
+                entry = write_episode(files[-1], frames, actions, about, header["image_size"])
+                record["episodes"].setdefault(split, []).append(entry)
+            except InputError as error:
+                fail(error)
+        if i + 1 != shard.count:
+            fail(InputError(f"the last one, of {shard.count} expected; fetch the shard again"))
+    except BaseException:
+        for path in files:
+            path.unlink(missing_ok=True)
+        raise
+    return record
 
 
 def convert(args: Args) -> None:
@@ -1365,20 +1328,22 @@ def convert(args: Args) -> None:
 
     A killed run continues behind its finished shards, and inside those half fetched.
     """
-    folder = Path(args.output_dir) / args.dataset_name
-    work, stop, finished = open_source(args, folder), threading.Event(), set()
-    header = {"dataset": args.dataset_name, "fps": args.fps or work.fps}
-    header |= {"action_mapping": args.action_mapping or work.mapping, "image_size": args.image_size}
+    folder, stop = Path(args.output_dir) / args.dataset_name, threading.Event()
+    source, base, url, shards, size, read = open_source(args, folder)
+    header = {"dataset": args.dataset_name, "fps": args.fps or source.fps}
+    header |= {"action_mapping": args.action_mapping or source.mapping}
+    header |= {"image_size": args.image_size}
     map_actions(np.zeros(7), header["action_mapping"])  # an unknown name ends here
+    finished = set()
     if (folder / "index.jsonl").exists():
-        before, records = read_index(folder)
+        before, records, _ = read_index(folder)
         finished = {record["shard"] for record in records}
         if before != header:
             raise InputError(f"{folder} was written with {before}, not {header}; take another one")
-    elif not work.shards:
-        raise InputError(f"{folder}: nothing to convert; check --source and --splits")
-    else:
+    elif shards:
         append_index(folder, header)
+    else:
+        raise InputError(f"{folder}: nothing to convert; check --source and --splits")
 
     def progress(count: int) -> None:
         if stop.is_set():
@@ -1386,27 +1351,26 @@ def convert(args: Args) -> None:
         bar.update(count)
 
     def job(shard: Shard) -> dict:
-        path = work.base / shard.name
+        path = base / shard.name
         try:
-            if work.url and not path.exists():
-                fetch(f"{work.url}/{shard.name}", path, progress)
-            episodes, skip = work.read(path), args.on_error == "skip"
-            record = convert_shard(episodes, shard, folder, header, skip)
-            content = path if path.is_file() else path / "actions.npy"
-            record["sha256"] = hash_file(content, "sha256").hexdigest()
-            record["bytes"] = content.stat().st_size
+            if url and not path.exists():
+                fetch(f"{url}/{shard.name}", path, progress)
+            record = convert_shard(read(path), shard, folder, header, args.on_error == "skip")
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
             raise InputError(f"{folder}: the disk is full; free space, run again") from error
-        if work.url:
+        content = path if path.is_file() else path / "actions.npy"
+        record["sha256"] = hash_file(content, "sha256").hexdigest()
+        record["bytes"] = content.stat().st_size
+        if url:
             path.unlink()
         else:
             progress(record["bytes"])
         return record
 
-    todo, start, done = [s for s in work.shards if s.name not in finished], time.time(), 0
-    options = {"total": work.size or None, "unit": "B", "unit_scale": True, "disable": None}
+    todo, start, done = [s for s in shards if s.name not in finished], time.time(), 0
+    options = {"total": size or None, "unit": "B", "unit_scale": True, "disable": None}
     with ThreadPoolExecutor(args.num_workers) as pool, tqdm(desc=folder.name, **options) as bar:
         jobs = [pool.submit(job, shard) for shard in todo]
         try:
@@ -1416,15 +1380,15 @@ def convert(args: Args) -> None:
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-    rate = done / 1e6 / max(1e-3, time.time() - start)
-    _, records = read_index(folder)
-    counts = Counter(s for r in records for s, es in r["episodes"].items() for _ in es)
+    seconds, (_, records, splits) = time.time() - start, read_index(folder)
     errors = [error for record in records for error in record["errors"]]
+    counts = ", ".join(f"{len(entries)} {split}" for split, entries in sorted(splits.items()))
     print(
-        f"{folder}: {dict(counts)} episodes, {len(errors)} left out; {done / 1e6:.1f} MB read in this run, {rate:.0f} MB/s"
+        f"{folder}: {counts} episodes, {len(errors)} left out; this run read {done / 1e6:.1f} MB, "
+        f"{done / 1e6 / max(seconds, 1e-3):.0f} MB/s",
+        *(f"left out: {error}" for error in errors),
+        sep="\n",
     )
-    for error in errors:
-        print(f"left out: {error}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1454,10 +1418,8 @@ class DataConfig:
         self.views = tuple(range(self.views) if isinstance(self.views, int) else self.views)
         if not self.views or len({*self.views}) < len(self.views) or min(self.views) < 0:
             raise InputError(f"views is {self.views}; give a number >= 1 or distinct cameras")
-        if self.action_merge not in ("drop", "sum"):
-            raise InputError(f"action_merge is {self.action_merge!r}; use drop or sum")
-        if self.sampling not in SAMPLINGS:
-            raise InputError(f"sampling is {self.sampling!r}; use one of {', '.join(SAMPLINGS)}")
+        if self.action_merge not in ("drop", "sum") or self.sampling not in SAMPLINGS:
+            raise InputError(f"action_merge must be drop or sum, sampling one of {SAMPLINGS}")
         if not 0 <= self.num_history < self.num_frames or min(self.stride, self.image_size) < 1:
             raise InputError("need 0 <= num_history < num_frames, stride >= 1, image_size >= 1")
 
@@ -1483,9 +1445,7 @@ def probe_frames(length: int, num_frames: int, sampling: str, fps: float) -> np.
     return np.rint(np.r_[first, np.linspace(middle, last, rest)]).astype(np.int64)
 
 
-def draw_frames(
-    length: int, num_frames: int, num_history: int, stride: int, rng: np.random.Generator
-) -> np.ndarray:
+def draw_frames(length: int, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
     """Draw a clip of variable history; a clip that does not fit is not drawn, nothing is clamped.
 
     The future lies s apart, s in {stride, 2 stride}, from the current frame on; the history
@@ -1495,16 +1455,14 @@ def draw_frames(
     length 38, T 10, H 2, stride 2: s = 4 needs (4*2 + 7) * 4 + 1 = 61 frames, so s = 2 with 31;
     the current frame is one of 16..23, and 16 gives  0 8 | 16 18 20 22 24 26 28 30.
     """
-    future = num_frames - num_history - 1
+    H, future, s = config.num_history, config.num_frames - config.num_history - 1, config.stride
     back = 0 if rng.random() < 0.15 else 4
-    strides = [s for s in (stride, 2 * stride) if (back * num_history + future) * s < length]
+    strides = [s for s in (s, 2 * s) if (back * H + future) * s < length]
     if not strides:
-        back, strides = 0, [s for s in (stride, 2 * stride) if future * s < length]
+        back, strides = 0, [s for s in (s, 2 * s) if future * s < length]
     s = int(rng.choice(strides))
-    current = int(rng.integers(back * s * num_history, length - future * s))
-    return np.r_[
-        current - back * s * np.arange(num_history, 0, -1), current + s * np.arange(future + 1)
-    ]
+    current = int(rng.integers(back * s * H, length - future * s))
+    return np.r_[current - back * s * np.arange(H, 0, -1), current + s * np.arange(future + 1)]
 
 
 def merge_actions(actions: np.ndarray, times: np.ndarray, merge: str) -> np.ndarray:
@@ -1517,9 +1475,9 @@ def merge_actions(actions: np.ndarray, times: np.ndarray, merge: str) -> np.ndar
     if merge == "sum":
         ends = [*times[1:], 2 * times[-1] - times[-2]] if len(times) > 1 else times + 1
         for row, start, end in zip(merged, times, ends, strict=True):
-            span = actions[start:end]
-            row[:6], row[7:] = span[:, :6].sum(axis=0), span[:, 7:].sum(axis=0)
-            row[6] = span[-1, 6] if len(span) else row[6]
+            span, gripper = actions[start:end], actions[start:end, 6][-1:]
+            row[:] = span.sum(axis=0)
+            row[6] = gripper if len(gripper) else actions[start, 6]
     return merged
 
 
@@ -1527,14 +1485,13 @@ def merge_actions(actions: np.ndarray, times: np.ndarray, merge: str) -> np.ndar
 # Latent cache: what a frozen encoder made of every frame, in bfloat16.
 
 
-def _cache(config: DataConfig, folder: Path, split: str, latents: str) -> tuple[Path, dict]:
-    """Return the cache's folder and what its marker file must say."""
-    _, entries = read_split(folder, split)
-    entries = [e for e in entries if set(config.views) <= set(e["views"])]
-    key = {"fingerprint": latents, "image_size": config.image_size, "views": list(config.views)}
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    key["episodes"] = sorted([e["number"], e["length"]] for e in entries)
-    return folder / split / "latents" / name, key
+def _cache(config: DataConfig, folder: Path, split: str, latents: str) -> tuple[Path, list, bytes]:
+    """Return a cache's folder, its (number, length) an episode, and what marks it complete."""
+    entries = read_index(folder)[2].get(split, [])
+    mine = [(e["number"], e["length"]) for e in entries if {*config.views} <= {*e["views"]}]
+    key = json.dumps([latents, config.image_size, config.views])
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return folder / split / f"latents_{name}", mine, json.dumps([key, mine]).encode()
 
 
 def write_latent_cache(
@@ -1543,46 +1500,37 @@ def write_latent_cache(
     latents: str,
     encode: Callable[[torch.Tensor], torch.Tensor],
     shard: tuple[int, int] = (0, 1),
-    chunk: int = 32,
 ) -> None:
     """Encode every frame of the config's data sets once; a killed run continues where it was.
 
     latents  fingerprint of everything that shapes a latent: encoder, its weights, adapter
-    encode   (1, T, H, W, 3) in [0, 1] -> (1, T, h, w, C), called with at most `chunk` frames
+    encode   (1, T, H, W, 3) in [0, 1] -> (1, T, h, w, C), called with at most 32 frames
     shard    (rank, world): this process encodes its part; whoever sees all parts there, says so
     """
-    for name in map(str.strip, config.subset_names.split(",")):
-        folder = Path(config.dataset_dir) / name
-        target, marker = _cache(config, folder, split, latents)
-        todo = [target / f"{number:09d}.safetensors" for number, _ in marker["episodes"]]
-        for path in tqdm(todo[shard[0] :: shard[1]], f"cache {name}/{split}", disable=shard[0] > 0):
-            if path.exists():
-                continue
-            episode, z = Episode(folder / split / path.name), []
-            for view in config.views:
-                for t in range(0, len(episode), chunk):
-                    times = range(t, min(t + chunk, len(episode)))
+    for name in config.subset_names.split(","):
+        folder = Path(config.dataset_dir) / name.strip()
+        target, entries, complete = _cache(config, folder, split, latents)
+        paths = [target / f"{number:09d}.safetensors" for number, _ in entries]
+        for path in tqdm(paths[shard[0] :: shard[1]], f"cache {name} {split}", disable=None):
+            if not path.exists():
+                episode, z = Episode(folder / split / path.name), []
+                for view, t in itertools.product(config.views, range(0, len(episode), 32)):
+                    times = range(t, min(t + 32, len(episode)))
                     frames = episode.frames(times, [view], config.image_size)
                     z.append(encode(torch.from_numpy(frames).float() / 255)[0].bfloat16().cpu())
-            z = torch.cat(z).unflatten(0, (len(config.views), len(episode)))
-            save_tensors(path, {"z": z}, {"fingerprint": latents})
-        if all(path.exists() for path in todo):
-            write_atomic(target / "complete.json", json.dumps(marker).encode())
+                z = torch.cat(z).unflatten(0, (len(config.views), len(episode)))
+                save_tensors(path, {"z": z}, {"fingerprint": latents})
+        if all(path.exists() for path in paths):
+            write_atomic(target / "complete.json", complete)
 
 
 def find_latent_cache(config: DataConfig, folder: Path, split: str, latents: str) -> Path:
     """Return the cache's folder; raise InputError unless it is complete, of just these episodes."""
-    target, marker = _cache(config, folder, split, latents)
-    try:
-        found = json.loads((target / "complete.json").read_bytes())
-    except (OSError, ValueError):
-        found = None
-    if found != marker:
-        state = "no complete" if found is None else "a stale"
-        raise InputError(
-            f"{target}: {state} latent cache of {folder.name}/{split} for this encoder; write it "
-            "with train_dit.py --cache_latents True"
-        )
+    target, _, complete = _cache(config, folder, split, latents)
+    marker = target / "complete.json"
+    if not marker.exists() or marker.read_bytes() != complete:
+        state = "a stale" if marker.exists() else "no complete"
+        raise InputError(f"{target}: {state} latent cache; write it with --cache_latents True")
     return target
 
 
@@ -1624,20 +1572,25 @@ class EpisodeDataset(torch.utils.data.Dataset):
     def __init__(self, config: DataConfig, split: str, latents: str | None = None):
         self.config, self.split, self.latents = config, split, latents
         self.variable = config.variable_history and split == "train"
-        shortest = (config.num_frames - 1) * config.stride + 1
-        shortest = shortest if config.sampling == "stride" else config.num_frames
-        self.dropped = {"too short": 0, "missing view": 0}
-        self.headers, self.entries, self.sizes, self.caches = [], [], [], {}
+        span = (config.num_frames - 1) * (config.stride if config.sampling == "stride" else 1)
+        self.dropped, self.sizes = {"missing view": 0, "too short": 0}, []
+        self.headers, self.entries, self.caches = [], [], {}
         for name in map(str.strip, config.subset_names.split(",")):
-            folder = Path(config.dataset_dir) / name
+            folder, kept = Path(config.dataset_dir) / name, []
             if name in ("", ".", "..") or folder.name != name:
                 raise InputError(f"subset_names: {name!r} is not the name of a data set")
-            header, entries = read_split(folder, split)
-            kept = [(folder / split, e) for e in entries if not self._drops(e, shortest)]
+            header, _, splits = read_index(folder)
+            for entry in splits.get(split, []):
+                if not {*config.views} <= {*entry["views"]}:
+                    self.dropped["missing view"] += 1
+                elif entry["length"] <= span:
+                    self.dropped["too short"] += 1
+                else:
+                    kept.append((folder / split, entry))
             if not kept:
                 raise InputError(
-                    f"{folder}: split {split!r} has {len(entries)} episodes but none to use (dropped "
-                    f"{self.dropped}); convert more, shorten the clips or take other views"
+                    f"{folder}: no usable episode in split {split!r} (dropped: {self.dropped}); "
+                    "convert more, shorten the clips or take other views"
                 )
             if latents is not None:
                 self.caches[folder / split] = find_latent_cache(config, folder, split, latents)
@@ -1646,15 +1599,6 @@ class EpisodeDataset(torch.utils.data.Dataset):
             self.sizes.append(len(kept))
         self.fps = min(header["fps"] for header in self.headers)
         self.action_mapping = "+".join(sorted({h["action_mapping"] for h in self.headers}))
-
-    def _drops(self, entry: dict, shortest: int) -> bool:
-        if not set(self.config.views) <= set(entry["views"]):
-            self.dropped["missing view"] += 1
-        elif entry["length"] < shortest:
-            self.dropped["too short"] += 1
-        else:
-            return False
-        return True
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -1669,8 +1613,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         if config.sampling != "stride":
             times = probe_frames(length, config.num_frames, config.sampling, self.fps)
         elif self.variable:
-            clip = config.num_frames, config.num_history, config.stride
-            times = draw_frames(length, *clip, rng)
+            times = draw_frames(length, config, rng)
         else:
             times = config.stride * np.arange(config.num_frames)
             times += rng.integers(length - times[-1])
@@ -1678,18 +1621,17 @@ class EpisodeDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> Clip:
         config, info = self.config, self.info(key)
-        episode = Episode(info["path"])
+        episode, times = Episode(info["path"]), info["times"]
         if len(episode) != info["length"]:
             raise InputError(f"{episode.path}: {len(episode)} frames, not as indexed; {REMEDY}")
         if self.latents is None:
-            frames = episode.frames(info["times"], config.views, config.image_size)
+            frames = episode.frames(times, config.views, config.image_size)
             frames = torch.from_numpy(np.divide(frames, 255, dtype=np.float32))
         else:
-            path = self.caches[episode.path.parent] / episode.path.name
-            shape = len(config.views), len(episode)
-            frames = read_latents(path, info["times"], shape, self.latents)
-        actions = merge_actions(episode.actions, info["times"], config.action_merge)
-        return Clip(frames[0] if len(frames) == 1 else frames, torch.from_numpy(actions))
+            path, shape = episode.path, (len(config.views), len(episode))
+            frames = read_latents(self.caches[path.parent] / path.name, times, shape, self.latents)
+        actions = torch.from_numpy(merge_actions(episode.actions, times, config.action_merge))
+        return Clip(frames[0] if len(frames) == 1 else frames, actions)
 
 
 class ClipSampler(torch.utils.data.Sampler):
@@ -1714,9 +1656,9 @@ class ClipSampler(torch.utils.data.Sampler):
         share = np.array(weights or self.sizes) / sum(weights or self.sizes)
         self.counts = np.maximum(1, np.rint(share * sum(self.sizes))).astype(np.int64).tolist()
         self.epoch_length = sum(self.counts)  # clips, over all processes
-        self.epoch, self.keys = -1, np.zeros((0, 2), np.int64)
+        self.order = functools.lru_cache(2)(self._order)
 
-    def order(self, epoch: int) -> np.ndarray:
+    def _order(self, epoch: int) -> np.ndarray:
         """Return an epoch's keys (draw, clip): every data set is walked through in passes, each
         clip once a pass, and `draw` is the pass: no clip comes again with the same start."""
         keys, first = [], 0
@@ -1731,13 +1673,9 @@ class ClipSampler(torch.utils.data.Sampler):
 
     def batch(self, number: int) -> list[tuple[int, int]]:
         """Return this rank's keys of global batch `number`."""
-        first, batch = (number * self.world + self.rank) * self.batch_size, []
-        for position in range(first, first + self.batch_size):
-            epoch, i = divmod(position, self.epoch_length)
-            if epoch != self.epoch:
-                self.epoch, self.keys = epoch, self.order(epoch)
-            batch.append(tuple(self.keys[i].tolist()))
-        return batch
+        first = (number * self.world + self.rank) * self.batch_size
+        places = (divmod(p, self.epoch_length) for p in range(first, first + self.batch_size))
+        return [tuple(self.order(epoch)[i].tolist()) for epoch, i in places]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return map(self.batch, itertools.count(self.start))
@@ -1749,42 +1687,41 @@ class ClipSampler(torch.utils.data.Sampler):
 
 def inspect(folder: Path) -> None:
     """Print what a converted data set holds; write contact_sheet.png and episodes.gif into it."""
-    header, records = read_index(folder)
-    sheet, movie, font = [], [], ImageFont.load_default(10)
+    header, records, splits = read_index(folder)
+    sheet, movie, picture = [], [], io.BytesIO()
     print(f"{folder}: {json.dumps(header)}")
-    for split in sorted({split for record in records for split in record["episodes"]}):
-        entries = read_split(folder, split)[1]
+    for split, entries in sorted(splits.items()):
         paths = [folder / split / f"{entry['number']:09d}.safetensors" for entry in entries]
         actions = np.concatenate([Episode(p).actions for p in tqdm(paths, split, disable=None)])
         lengths = np.array([entry["length"] for entry in entries])
         labels = [entry["success"] for entry in entries if entry["success"] is not None]
         texts = Counter(entry["language"] for entry in entries)
-        views = dict(Counter(str(entry["views"]) for entry in entries))
+        cameras = Counter(f"cameras {entry['views']}" for entry in entries)
         print(
             f"{split}: {len(entries)} episodes, {lengths.sum()} frames, {lengths.min()} to "
-            f"{lengths.max()} long (mean {lengths.mean():.1f})\n"
-            f"  dropped by a loader of 10 frames at stride 2: {(lengths < 19).sum()} too short\n"
-            f"  cameras: {views}\n"
-            f"  success: {np.mean(labels) if labels else 0:.1%} of {len(labels)} labelled\n"
-            f"  {len(texts)} instructions: {'; '.join(repr(t) for t, _ in texts.most_common(5))}\n"
-            f"  actions, least: {np.round(actions.min(axis=0), 3).tolist()}\n"
-            f"  actions, most:  {np.round(actions.max(axis=0), 3).tolist()}"
+            f"{lengths.max()} long (mean {lengths.mean():.1f}); {dict(cameras)}",
+            f"dropped by a loader of 10 frames at stride 2: {(lengths < 19).sum()} too short",
+            f"success: {np.mean(labels or [0]):.1%} of {len(labels)} labelled episodes",
+            f"{len(texts)} instructions: {'; '.join(repr(t) for t, _ in texts.most_common(5))}",
+            f"actions from {' '.join(f'{x:.3f}' for x in actions.min(axis=0))}",
+            f"          to {' '.join(f'{x:.3f}' for x in actions.max(axis=0))}",
+            sep="\n  ",
         )
         for path, entry in list(zip(paths, entries, strict=True))[:: -(-len(paths) // 6)]:
-            times = np.linspace(0, entry["length"] - 1, 8).round().astype(int)
-            shown = Episode(path).frames(times, entry["views"], 128)
-            for view, row in zip(entry["views"], shown, strict=True):
-                strip = Image.new("RGB", (1024, 142), "white")
+            episode, last = Episode(path), entry["length"] - 1
+            times = np.linspace(0, last, 8).round()
+            for view, row in zip(
+                episode.views, episode.frames(times, episode.views, 128), strict=True
+            ):
+                strip = Image.new("RGB", (8 * 128, 128 + 14), "white")
                 strip.paste(Image.fromarray(np.concatenate(row, axis=1)), (0, 14))
-                label = f"{split}/{path.stem} view {view}: {entry['language'] or '(no text)'}"
-                ImageDraw.Draw(strip).text((2, 1), label, "black", font)
+                label = f"{split}/{path.stem} camera {view}: {entry['language']!r}"
+                ImageDraw.Draw(strip).text((2, 1), label, "black")
                 sheet.append(np.asarray(strip))
-            times = np.minimum(np.arange(50), entry["length"] - 1)
-            movie.append(Episode(path).frames(times, entry["views"][:1], 128)[0])
+            movie.append(episode.frames(np.minimum(range(50), last), episode.views[:1], 128)[0])
     errors = [error for record in records for error in record.get("errors", ())]
-    for reason, count in Counter(re.sub(r"\S*[\d/]\S*", "", e) for e in errors).most_common():
-        print(f"left out by the conversion: {count} x {reason}")
-    picture = io.BytesIO()
+    reasons = Counter(re.sub(r"\S*[\d/]\S*", "", error) for error in errors)
+    print(f"left out by the conversion: {len(errors)}", *reasons.most_common(), sep="\n  ")
     Image.fromarray(np.concatenate(sheet)).save(picture, "PNG")
     write_atomic(folder / "contact_sheet.png", picture.getvalue())
     write_gif(folder / "episodes.gif", np.concatenate(movie[:6], axis=2), header["fps"])
@@ -1794,10 +1731,7 @@ def inspect(folder: Path) -> None:
 def main() -> None:
     """Convert or inspect, as the command line says."""
     args = parse_args(Args)
-    if args.dataset_name == "toy" and not args.inspect:
-        generate_toy(args.output_dir)
-    else:
-        inspect(Path(args.inspect)) if args.inspect else convert(args)
+    inspect(Path(args.inspect)) if args.inspect else convert(args)
 
 
 if __name__ == "__main__":
