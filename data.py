@@ -313,7 +313,7 @@ def write_episode(
     if frames and not isinstance(frames[0], (list, tuple)) and np.ndim(frames[0]) != 4:
         frames = [frames]
     counts = {len(view) for view in frames}
-    if counts != {len(actions)} - {0} or actions.shape[1:] != (ACTION_DIM,):
+    if not len(actions) or counts != {len(actions)} or actions.shape[1:] != (ACTION_DIM,):
         raise InputError(
             f"{path}: {sorted(counts)} frames beside actions {actions.shape}; give every frame one "
             f"action of width {ACTION_DIM}"
@@ -1442,7 +1442,9 @@ def probe_frames(length: int, num_frames: int, sampling: str, fps: float) -> np.
         return np.r_[:head, length - num_frames + head : length]
     middle = length / 2 if early else 0
     first, rest = np.arange(early) * middle / max(1, early), num_frames - early
-    return np.rint(np.r_[first, np.linspace(middle, last, rest)]).astype(np.int64)
+    times = np.rint(np.r_[first, np.linspace(middle, last, rest)]).astype(np.int64)
+    order = np.arange(num_frames)  # where they crowd, earlier ones make room: no frame comes twice
+    return np.minimum.accumulate((times - order)[::-1])[::-1] + order
 
 
 def draw_frames(length: int, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
@@ -1475,9 +1477,8 @@ def merge_actions(actions: np.ndarray, times: np.ndarray, merge: str) -> np.ndar
     if merge == "sum":
         ends = [*times[1:], 2 * times[-1] - times[-2]] if len(times) > 1 else times + 1
         for row, start, end in zip(merged, times, ends, strict=True):
-            span, gripper = actions[start:end], actions[start:end, 6][-1:]
-            row[:] = span.sum(axis=0)
-            row[6] = gripper if len(gripper) else actions[start, 6]
+            row[:] = actions[start:end].sum(axis=0)
+            row[6] = actions[max(start, min(end, len(actions)) - 1), 6]
     return merged
 
 
