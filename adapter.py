@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import (
-    InputError,
-    config_from,
-    load_strictly,
-    load_tensors,
-    load_torch,
-    save_tensors,
-    strip_prefixes,
-)
+import data
 
 WRAPPERS = ("_orig_mod.", "module.")  # torch.compile and DDP put these before every key
 GRID = 16  # where the pixel decoder starts: 256x256 frames, 16 pixels a token
@@ -56,15 +49,10 @@ class AdapterConfig:
 
     def __post_init__(self):
         if self.adapter_type not in ("identity", "mlp", "svae"):
-            raise ValueError(f"adapter_type {self.adapter_type!r}: choose identity, mlp or svae")
-        check_fields(self, may_be_zero=("adapter_latent_layers",))
-        if self.adapter_latent_layers and self.adapter_latent_dim % (
-            self.adapter_latent_heads or 1
-        ):
-            raise ValueError(
-                f"adapter_latent_heads {self.adapter_latent_heads} does not divide "
-                f"adapter_latent_dim {self.adapter_latent_dim}; choose a divisor"
+            raise data.InputError(
+                f"adapter_type {self.adapter_type!r}: choose identity, mlp or svae"
             )
+        check_fields(self, may_be_zero=("adapter_latent_layers",))
 
 
 @dataclasses.dataclass
@@ -86,19 +74,17 @@ class PixelDecoderConfig:
         self.attn_resolutions = tuple(self.attn_resolutions)
         check_fields(self)
         levels = [GRID << i for i in range(len(self.channel_multipliers))]
-        if not 1 <= len(levels) <= 8:
-            raise ValueError(f"channel_multipliers {self.channel_multipliers}: give 1 to 8 numbers")
-        if not set(self.attn_resolutions) <= set(levels):
-            raise ValueError(f"attn_resolutions {self.attn_resolutions}: the levels are {levels}")
-        if self.base_channels % 32 or self.base_channels % self.attn_heads:
-            raise ValueError(
-                f"base_channels {self.base_channels} must be a multiple of 32 (GroupNorm) and of "
-                f"attn_heads {self.attn_heads}; try {math.lcm(32, self.attn_heads)}"
-            )
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout!r} is not a number in [0, 1)")
-        if self.output_activation not in ("sigmoid", "none"):
-            raise ValueError(f"output_activation {self.output_activation!r}: sigmoid or none")
+        strays = set(self.attn_resolutions) - set(levels)
+        wrong = {
+            "channel_multipliers: give 1 to 8 of them": not 1 <= len(levels) <= 8,
+            f"attn_resolutions: the levels are {levels}": strays,
+            "base_channels: GroupNorm needs a multiple of 32": self.base_channels % 32,
+            "attn_heads: must divide base_channels": self.base_channels % self.attn_heads,
+            "dropout: must be in [0, 1)": not 0 <= self.dropout < 1,
+            "output_activation: sigmoid or none": self.output_activation not in ("sigmoid", "none"),
+        }
+        for message in (message for message, is_wrong in wrong.items() if is_wrong):
+            raise data.InputError(f"{message} (now {getattr(self, message.partition(':')[0])!r})")
 
 
 def check_fields(config: Any, may_be_zero: tuple[str, ...] = ()) -> None:
@@ -111,9 +97,9 @@ def check_fields(config: Any, may_be_zero: tuple[str, ...] = ()) -> None:
         if value is None and kind.endswith("None"):
             continue
         if "int" in kind and not all(type(n) is int and low <= n <= high for n in numbers):
-            raise ValueError(f"{name} {value!r}: needs whole numbers from {low} to {high}")
+            raise data.InputError(f"{name} {value!r}: needs whole numbers from {low} to {high}")
         if kind == "bool" and type(value) is not bool:
-            raise ValueError(f"{name} {value!r}: needs True or False")
+            raise data.InputError(f"{name} {value!r}: needs True or False")
 
 
 def most_heads(width: int, limit: int) -> int:
@@ -148,7 +134,9 @@ class TransformerBlock(nn.Module):
         return x + self.output["dense"](y)
 
 
-def stack(count: int, width: int, heads: int, hidden: int) -> nn.Sequential:
+def stack(count: int, width: int, heads: int, hidden: int | None = None) -> nn.Sequential:
+    """Stack transformer blocks; their MLPs are four times as wide as the tokens unless given."""
+    hidden = hidden or 4 * width
     return nn.Sequential(*(TransformerBlock(width, heads, hidden) for _ in range(count)))
 
 
@@ -191,14 +179,14 @@ class MLPAdapter(Adapter):
 
     def __init__(self, config: AdapterConfig, input_dim: int):
         super().__init__(config, input_dim)
-        D, C, hidden = input_dim, self.latent_dim, config.adapter_hidden_dim
-        hidden = hidden or (D + C) // 2
+        D, C = input_dim, self.latent_dim
+        hidden = config.adapter_hidden_dim or (D + C) // 2
 
-        def mlp(width_in: int, width_out: int) -> nn.Sequential:
-            first, middle = nn.Linear(width_in, hidden), nn.Linear(hidden, hidden)
-            return nn.Sequential(first, nn.GELU(), middle, nn.GELU(), nn.Linear(hidden, width_out))
+        def mlp(*widths: int) -> nn.Sequential:
+            layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.GELU())]
+            return nn.Sequential(*layers[:-1])
 
-        self.encoder_mlp, self.decoder_mlp = mlp(D, C), mlp(C, D)
+        self.encoder_mlp, self.decoder_mlp = mlp(D, hidden, hidden, C), mlp(C, hidden, hidden, D)
 
     def posterior(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.encoder_mlp(super().posterior(z)[0]), None
@@ -220,31 +208,29 @@ class SVAEAdapter(Adapter):
     def __init__(self, config: AdapterConfig, input_dim: int):
         super().__init__(config, input_dim)
         D, C, heads = input_dim, self.latent_dim, config.adapter_num_heads
-        if D % heads:
-            raise ValueError(
-                f"adapter_num_heads {heads} does not divide the feature width {D}; "
-                f"choose a divisor, for example {most_heads(D, 16)}"
+        narrow_heads = config.adapter_latent_heads or most_heads(C, 8)
+        if D % heads or C % narrow_heads:
+            raise data.InputError(
+                f"heads must divide their width: adapter_num_heads {heads} the {D} features (try "
+                f"{most_heads(D, 16)}), adapter_latent_heads {narrow_heads} the {C} of the latent"
             )
-        wide, mid, layers = (
-            (D, heads, config.adapter_intermediate_size),
-            D,
-            config.adapter_num_layers,
-        )
+        mid, layers = D, config.adapter_num_layers
         if config.adapter_progressive:
             mid, layers = config.adapter_mid_dim or int(math.sqrt(D * C)), max(layers - 1, 1)
-            heads = config.adapter_mid_heads or most_heads(mid, 16)
-            mid = max(mid // heads, 1) * heads
+            mid_heads = config.adapter_mid_heads or most_heads(mid, 16)
+            mid = max(mid // mid_heads, 1) * mid_heads
             self.enc_norm_high, self.enc_down = nn.LayerNorm(D), nn.Linear(D, mid)
-            self.enc_blocks_mid = stack(1, mid, heads, 4 * mid)
-            self.dec_blocks_mid = stack(1, mid, heads, 4 * mid)
+            self.enc_blocks_mid = stack(1, mid, mid_heads)
+            self.dec_blocks_mid = stack(1, mid, mid_heads)
             self.dec_norm_mid, self.dec_up = nn.LayerNorm(mid), nn.Linear(mid, D)
-        self.enc_blocks, self.dec_blocks = stack(layers, *wide), stack(layers, *wide)
+        self.enc_blocks = stack(layers, D, heads, config.adapter_intermediate_size)
+        self.dec_blocks = stack(layers, D, heads, config.adapter_intermediate_size)
         self.enc_norm, self.enc_proj = nn.LayerNorm(mid), nn.Linear(mid, 2 * C)
         self.dec_proj, self.dec_norm = nn.Linear(C, mid), nn.LayerNorm(D)
-        if count := config.adapter_latent_layers:
-            narrow = (C, config.adapter_latent_heads or most_heads(C, 8), 4 * C)
-            self.latent_enc_blocks, self.latent_enc_norm = stack(count, *narrow), nn.LayerNorm(C)
-            self.latent_dec_blocks, self.latent_dec_norm = stack(count, *narrow), nn.LayerNorm(C)
+        if config.adapter_latent_layers:
+            narrow = (config.adapter_latent_layers, C, narrow_heads)
+            self.latent_enc_blocks, self.latent_enc_norm = stack(*narrow), nn.LayerNorm(C)
+            self.latent_dec_blocks, self.latent_dec_norm = stack(*narrow), nn.LayerNorm(C)
 
     def posterior(self, z: Tensor) -> tuple[Tensor, Tensor]:
         *lead, h, w, D = super().posterior(z)[0].shape
@@ -275,12 +261,8 @@ class SVAEAdapter(Adapter):
 # Pixel decoder (channels first inside)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
+group_norm = partial(nn.GroupNorm, 32, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
@@ -336,19 +318,17 @@ class PixelDecoder(nn.Module):
         self.mid_attn = SpatialAttention(width, config.attn_heads)
         self.mid_block2 = ResidualBlock(width, width, config.dropout)
         self.up_levels = nn.Sequential()
-        for i, width_out in enumerate(widths):
-            level, blocks = OrderedDict(), nn.Sequential()
-            for _ in range(config.num_res_blocks):
-                blocks.append(ResidualBlock(width, width_out, config.dropout))
-                width = width_out
-            level["blocks"] = blocks
+        for i, (inner, n) in enumerate(pairwise([width, *widths])):
+            level, inputs = nn.Sequential(), [inner] + [n] * (config.num_res_blocks - 1)
+            blocks = (ResidualBlock(m, n, config.dropout) for m in inputs)
+            level.add_module("blocks", nn.Sequential(*blocks))
             if GRID << i in config.attn_resolutions:
-                level["attn"] = SpatialAttention(width, config.attn_heads)
+                level.add_module("attn", SpatialAttention(n, config.attn_heads))
             if i < len(widths) - 1:
-                double, conv = nn.Upsample(scale_factor=2.0), conv3x3(width, width)
-                level["upsample"] = nn.Sequential(OrderedDict(nearest=double, conv=conv))
-            self.up_levels.append(nn.Sequential(level))
-        self.norm_out, self.conv_out = group_norm(width), conv3x3(width, 3)
+                level.add_module("upsample", nn.Sequential(nn.Upsample(scale_factor=2.0)))
+                level.upsample.add_module("conv", conv3x3(n, n))
+            self.up_levels.append(level)
+        self.norm_out, self.conv_out = group_norm(n), conv3x3(n, 3)
 
     def forward(self, u: Tensor) -> Tensor:
         *lead, T, h, w, C = u.shape
@@ -377,13 +357,15 @@ def create_adapter(config: AdapterConfig, input_dim: int) -> Adapter:
 
 def save_adapter(path: str | Path, adapter: Adapter, pixel_decoder: PixelDecoder | None) -> None:
     """Write weights, configs and the encoder they belong to as one safetensors file."""
-    parts = {"adapter": adapter, "pixel_decoder": pixel_decoder}
-    parts = {name: module for name, module in parts.items() if module is not None}
-    tensors = {f"{p}.{name}": t for p, m in parts.items() for name, t in m.state_dict().items()}
-    metadata = {f"{part}_config": dataclasses.asdict(m.config) for part, m in parts.items()}
-    origin = ("input_dim", "encoder_config", "encoder_fingerprint")
-    metadata |= {name: getattr(adapter, name) for name in origin}
-    save_tensors(path, tensors, {"pixel_decoder_config": None, **metadata})
+    tensors, metadata = {}, {"pixel_decoder_config": None}
+    metadata |= {
+        n: getattr(adapter, n) for n in ("input_dim", "encoder_config", "encoder_fingerprint")
+    }
+    for part, module in (("adapter", adapter), ("pixel_decoder", pixel_decoder)):
+        if module is not None:
+            tensors |= {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()}
+            metadata[f"{part}_config"] = dataclasses.asdict(module.config)
+    data.save_tensors(path, tensors, metadata)
 
 
 def load_adapter(
@@ -395,44 +377,47 @@ def load_adapter(
     Raises InputError when the file is damaged or belongs to another encoder.
     """
     try:
-        read = load_tensors if Path(path).suffix == ".safetensors" else read_released
+        read = data.load_tensors if Path(path).suffix == ".safetensors" else read_released
         tensors, metadata = read(path)
-        config = config_from(AdapterConfig, metadata["adapter_config"], str(path))
-        adapter = build(tensors, "adapter.", path, create_adapter, config, metadata["input_dim"])
+        make = partial(create_adapter, input_dim=metadata["input_dim"])
+        adapter = build("adapter", make, AdapterConfig, tensors, metadata, str(path))
+        pixel_decoder = build(
+            "pixel_decoder", PixelDecoder, PixelDecoderConfig, tensors, metadata, str(path)
+        )
         adapter.encoder_config = metadata["encoder_config"]
         adapter.encoder_fingerprint = metadata["encoder_fingerprint"]
-        pixel_decoder = None
-        if metadata["pixel_decoder_config"] is not None:
-            config = config_from(PixelDecoderConfig, metadata["pixel_decoder_config"], str(path))
-            pixel_decoder = build(tensors, "pixel_decoder.", path, PixelDecoder, config)
         # A released file names only the type of its encoder, which every fingerprint begins with.
         own = adapter.encoder_fingerprint or (adapter.encoder_config or {}).get("encoder_type")
-        if fingerprint and own and not f"{fingerprint}-".startswith(f"{own}-"):
-            raise InputError(
-                f"{path}: belongs to encoder {own}, not to {fingerprint}; choose that encoder with "
-                "the weights and options the adapter was trained on, or another adapter"
-            )
-        return adapter, pixel_decoder
     except (AttributeError, KeyError, TypeError, IndexError) as error:
-        raise InputError(
+        raise data.InputError(
             f"{path}: does not describe an adapter ({type(error).__name__}: {error}); choose a file "
             "that train_adapter.py wrote or a released adapter, or copy it again"
         ) from error
+    if fingerprint and own and not f"{fingerprint}-".startswith(f"{own}-"):
+        raise data.InputError(
+            f"{path}: belongs to encoder {own}, not to {fingerprint}; choose that encoder with the "
+            "weights and options the adapter was trained on, or another adapter"
+        )
+    return adapter, pixel_decoder
 
 
-def build(tensors: dict, prefix: str, where: Any, make: Callable, *args: Any) -> nn.Module:
-    """Fill make(*args) with the tensors under a prefix; no memory is taken before shapes agree."""
-    state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+def build(
+    part: str, make: Callable, cls: type, tensors: dict, metadata: dict, where: str
+) -> nn.Module | None:
+    """Make a part of a file, in eval mode, if it has it; no memory is taken before shapes agree."""
+    if metadata[f"{part}_config"] is None:
+        return None
+    config = data.config_from(cls, metadata[f"{part}_config"], where)
+    state = {n[len(part) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{part}.")}
     if wrong := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
-        raise InputError(f"{where}: {wrong[0]} does not hold real numbers; copy the file again")
+        raise data.InputError(f"{where}: {wrong[0]} holds no real numbers; copy the file again")
     try:
         with torch.device("meta"):
-            module = make(*args)
+            module = make(config)
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"{where}: its config cannot be built: {error}") from error
-    load_strictly(module, {name: tensor.to("meta") for name, tensor in state.items()}, str(where))
-    module.to_empty(device="cpu")
-    load_strictly(module, state, str(where))
+        raise data.InputError(f"{where}: its config cannot be built: {error}") from error
+    data.load_strictly(module, {name: t.to("meta") for name, t in state.items()}, where)
+    data.load_strictly(module.to_empty(device="cpu"), state, where)
     return module.eval()
 
 
@@ -443,26 +428,20 @@ def read_released(path: str | Path) -> tuple[dict, dict]:
         names = {field.name for field in dataclasses.fields(cls)}
         return {n: v for n, v in values.items() if v is not None and (n in names or "head" in n)}
 
-    file = load_torch(path)
-    config, state = file["adapter_config"], strip_prefixes(file["adapter"], WRAPPERS)
-    tensors = {f"adapter.{name}": tensor for name, tensor in state.items()}
+    file = data.load_torch(path)
+    config, state = file["adapter_config"], data.strip_prefixes(file["adapter"], WRAPPERS)
+    tensors, paint = {f"adapter.{name}": tensor for name, tensor in state.items()}, None
     last = {"svae": "dec_norm.weight", "mlp": "decoder_mlp.4.weight"}.get(config["adapter_type"])
-    input_dim, paint = state[last].shape[0] if last else config["adapter_latent_dim"], None
-    if state := strip_prefixes(file.get("pixel_decoder") or {}, WRAPPERS):
+    input_dim = state[last].shape[0] if last else config["adapter_latent_dim"]
+    if state := data.strip_prefixes(file.get("pixel_decoder") or {}, WRAPPERS):
         # Configs without attn_* entries are older than attention inside the levels.
         paint = {"attn_resolutions": (), "attn_heads": 1, **file["pixel_decoder_config"]}
-        paint, input_dim = (
-            pick(PixelDecoderConfig, paint),
-            input_dim if last else paint["latent_dim"],
-        )
+        paint = pick(PixelDecoderConfig, paint)
+        input_dim = input_dim if last else paint["latent_dim"]
         for name, tensor in state.items():  # only the doubling of time has weights of three axes
             place, _, kind = name.rpartition(".")
-            doubling = state[f"{place}.weight"].ndim == 3
-            tensors[f"pixel_decoder.{'temporal_upsample' if doubling else place}.{kind}"] = tensor
-    return tensors, {
-        "adapter_config": pick(AdapterConfig, config),
-        "pixel_decoder_config": paint,
-        "input_dim": input_dim,
-        "encoder_config": file.get("encoder_config"),
-        "encoder_fingerprint": None,
-    }
+            place = "temporal_upsample" if state[f"{place}.weight"].ndim == 3 else place
+            tensors[f"pixel_decoder.{place}.{kind}"] = tensor
+    metadata = {"adapter_config": pick(AdapterConfig, config), "pixel_decoder_config": paint}
+    metadata |= {"encoder_config": file.get("encoder_config"), "encoder_fingerprint": None}
+    return tensors, {**metadata, "input_dim": input_dim}
