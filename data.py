@@ -1173,7 +1173,7 @@ def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tr
                 if not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                     out.truncate(have := 0)  # the server starts from the beginning
                 size = have + int(reply.headers["Content-Length"])
-                while chunk := reply.read(1 << 18):
+                while chunk := reply.read1(1 << 18):  # not read(): a stall would lose what came
                     out.write(chunk)
                     progress(len(chunk))
             if part.stat().st_size != size:
@@ -1335,6 +1335,8 @@ def convert(args: Args) -> None:
     header |= {"image_size": args.image_size}
     map_actions(np.zeros(7), header["action_mapping"])  # an unknown name ends here
     finished = set()
+    for path in folder.glob("*/.*.tmp"):  # of a run that was killed
+        path.unlink()
     if (folder / "index.jsonl").exists():
         before, records, _ = read_index(folder)
         finished = {record["shard"] for record in records}

@@ -1,10 +1,21 @@
 """Data: files, pictures, episodes, clips, shards, conversion, downloads, latent cache."""
 
+import base64
+import contextlib
 import dataclasses
 import errno
+import functools
+import hashlib
+import http.server
 import io
 import itertools
 import json
+import multiprocessing
+import os
+import struct
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -334,8 +345,6 @@ def test_mixture_follows_its_weights_and_never_repeats_a_start_key(tmp_path):
         part = [i for _, i in keys[12 * epoch : 12 * epoch + 12]]
         assert sum(i < 9 for i in part) == 3  # a quarter of 12
         assert sorted(i for i in part if i >= 9) == [9, 9, 9, 10, 10, 10, 11, 11, 11]
-    seen = [i for _, i in keys if i < 9]
-    assert all(sorted(seen[k : k + 9]) != [] for k in range(3))
     counts = np.bincount([i for _, i in keys[: 12 * 9] if i < 9])
     assert counts.tolist() == [3] * 9  # 27 draws walk through the nine three times
     with pytest.raises(data.InputError, match="subset_weights"):
@@ -372,3 +381,858 @@ def test_sixty_thousand_episodes_open_at_once(tmp_path):
     assert len(sampler.batch(10_000)) == 16 and len(dataset) == 60_000
     # 10 s are allowed on a quiet machine, no episode file exists that could be opened
     assert time.perf_counter() - start < 20
+
+
+# --- RLDS: framing, schemas, action mappings
+
+
+def slow_crc32c(message: bytes) -> int:
+    crc = 0xFFFFFFFF
+    for byte in message:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
+    return crc ^ 0xFFFFFFFF
+
+
+def masked(crc: int) -> int:
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def framed(payload: bytes) -> bytes:
+    parts = (struct.pack("<Q", len(payload)), payload)
+    return b"".join(p + struct.pack("<I", masked(slow_crc32c(p))) for p in parts)
+
+
+def test_checksum_matches_published_vectors_and_the_bitwise_definition():
+    vectors = {bytes(32): 0x8A9136AA, b"\xff" * 32: 0x62A8AB43, b"123456789": 0xE3069283}
+    for message, crc in vectors.items():  # RFC 3720, section B.4
+        assert data.masked_crc32c(message) == masked(crc) and slow_crc32c(message) == crc
+    rng = np.random.default_rng(0)
+    for size in [*range(20), 63, 64, 65, 511, 513, 4095, 5001, 20011]:
+        message = rng.integers(0, 256, size, dtype=np.uint8).tobytes()
+        assert data.masked_crc32c(message) == masked(slow_crc32c(message)), size
+
+
+def flat(example: dict) -> dict:
+    """Flatten {"steps": [step, ...], ...} to the keys and value lists of a tf.train.Example."""
+    out = {}
+
+    def walk(prefix, values):
+        if isinstance(values[0], dict):
+            for key in values[0]:
+                walk(f"{prefix}/{key}", [value[key] for value in values])
+        else:
+            out[prefix] = values
+
+    for key, value in example.items():
+        walk(key, value if key == "steps" else [value])
+    return out
+
+
+def serialize(example: dict) -> bytes:
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    proto = tf_example_pb2.Example()
+    for key, values in flat(example).items():
+        feature = proto.features.feature[key]
+        if isinstance(values[0], (bytes, str)):
+            values = [v.encode() if isinstance(v, str) else v for v in values]
+            feature.bytes_list.value.extend(values)
+        else:
+            values = np.concatenate([np.ravel(v) for v in values])
+            if values.dtype.kind == "f":
+                feature.float_list.value.extend(values.tolist())
+            else:
+                feature.int64_list.value.extend(values.astype(int).tolist())
+    return proto.SerializeToString()
+
+
+def schema_of(example: dict):
+    """Infer tfds features from one example: bytes are images, strings are texts."""
+    import tensorflow_datasets as tfds
+
+    def infer(value):
+        if isinstance(value, dict):
+            return tfds.features.FeaturesDict({key: infer(v) for key, v in value.items()})
+        if isinstance(value, list):
+            return tfds.features.Dataset(infer(value[0]))
+        if isinstance(value, bytes):
+            return tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")
+        if isinstance(value, str):
+            return tfds.features.Text()
+        value = np.asarray(value)
+        return tfds.features.Tensor(shape=value.shape, dtype=value.dtype)
+
+    return infer(example)
+
+
+def write_rlds(folder: Path, splits: dict, name="robot_data", prefix=None) -> Path:
+    """Write an RLDS data set: {split: [[example, ...] of each shard]}."""
+    folder.mkdir(parents=True)
+    info = {"fileFormat": "tfrecord", "name": name, "version": "1.0.0", "splits": []}
+    for split, shards in splits.items():
+        for i, examples in enumerate(shards):
+            path = f"{prefix or name}-{split}.tfrecord-{i:05d}-of-{len(shards):05d}"
+            content = b"".join(framed(serialize(example)) for example in examples)
+            (folder / path).write_bytes(content)
+        lengths = [str(len(examples)) for examples in shards]
+        info["splits"].append({"name": split, "shardLengths": lengths, "numBytes": "1000"})
+    schema_of(next(shards[0][0] for shards in splits.values())).save_config(folder)
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+def bridge_example(seed: int, length: int = 3, views: int = 1, **about) -> dict:
+    steps = []
+    for t in range(length):
+        action = np.random.default_rng([seed, t]).uniform(-0.04, 0.04, 7).astype(np.float32)
+        action[6] = t % 2
+        images = {f"image_{k}": jpeg(picture(100 * seed + 10 * k + t)) for k in range(views)}
+        steps.append(
+            {"action": action, "observation": images, "language_instruction": f"do {seed}"}
+        )
+    return {"steps": steps, "episode_metadata": {"file_path": f"/raw/{seed}", **about}}
+
+
+def convert(source, output, name="bridge_v2", **options) -> Path:
+    options = {"image_size": 32, "num_workers": 2, **options}
+    data.convert(data.Args(name, str(output), str(source), **options))
+    return Path(output) / name
+
+
+def episodes_of(folder: Path) -> list[data.Episode]:
+    _, _, splits = data.read_index(folder)
+    named = {f"{s}/{e['number']:09d}.safetensors" for s, es in splits.items() for e in es}
+    stored = {str(path.relative_to(folder)) for path in folder.glob("*/*.safetensors")}
+    assert named == stored  # the index names all files and no other
+    return [data.Episode(folder / path) for path in sorted(named, reverse=True)]  # train first
+
+
+def test_real_bridge_returns_actions_and_jpeg_bytes(shared, tmp_path):
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    folder = convert(shared / "data/bridge_real", tmp_path, image_size=256)
+    assert "tensorflow" not in sys.modules
+    stored = {(e.path.parent.name, e.metadata["source"]): e for e in episodes_of(folder)}
+    assert (
+        len(stored) == 8 and len(data.EpisodeDataset(data.DataConfig(str(tmp_path)), "train")) == 7
+    )
+    seen = 0
+    for path in sorted((shared / "data/bridge_real").rglob("*tfrecord*")):
+        content, at, number = path.read_bytes(), 0, 0
+        while at < len(content):
+            size = int.from_bytes(content[at : at + 8], "little")
+            example = tf_example_pb2.Example.FromString(content[at + 12 : at + 12 + size])
+            at, feature = at + 16 + size, example.features.feature
+            split = "test" if "-val." in path.name else "train"
+            episode = stored[split, f"{path.name}/{number}"]
+            images = list(feature["steps/observation/image_0"].bytes_list.value)
+            assert [episode.jpeg_bytes(t) for t in range(len(episode))] == images
+            raw = np.array(feature["steps/action"].float_list.value).reshape(-1, 7)
+            wanted = np.zeros((len(raw), 10))
+            wanted[:, :3] = np.clip((raw[:, :3] + 0.05) / 0.1 * 3.5 - 1.75, -1.74, 1.74)
+            wanted[:, 3:6] = np.clip((raw[:, 3:6] + 0.25) / 0.5 * 2.8 - 1.4, -1.39, 1.39)
+            wanted[:, 6] = -(2 * np.round(raw[:, 6]) - 1)
+            assert np.abs(episode.actions - wanted).max() < 1e-5
+            number, seen = number + 1, seen + 1
+    assert seen == 8
+
+
+# What one step of each data set says, and its ten numbers worked out by hand.
+_XYZ, _TURN = np.float32([0.01, -0.02, 0.03]), np.float32([0.05, -0.1, 0.2])
+_OXE = {"world_vector": _XYZ, "rotation_delta": _TURN, "terminate_episode": np.float32(0)}
+_CLOSE = {**_OXE, "gripper_closedness_action": np.float32([-1])}
+_SEVEN = np.float32([0.01, -0.02, 0.06, 0.05, -0.1, 0.3, 1])
+_BRIDGE_TEN = [0.35, -0.7, 1.74, 0.28, -0.56, 1.39, -1, 0, 0, 0]  # gains 35 and 5.6, clipped
+_TEN = {
+    "bridge_v2": ("image_0", _SEVEN, _BRIDGE_TEN),
+    "bridge_v2_multiview": ("image_0", _SEVEN, _BRIDGE_TEN),
+    "soar": ("image_0", _SEVEN, _BRIDGE_TEN),
+    "bridge": ("image", {**_OXE, "open_gripper": np.bool_(True)},
+               [0.35, -0.7, 1.05, 0.28, -0.56, 1.12, -1, 0, 0, 0]),
+    "rt_1": ("image", {**_CLOSE, "base_displacement_vector": np.float32([0.5, 0.25]),
+                       "base_displacement_vertical_rotation": np.float32([1])},
+             [0.01, -0.02, 0.03, 0.05, -0.1, 0.2, -1, 0.5, 0.25, 0]),  # the last is our flag
+    "taco_play": ("rgb_static", {"actions": _SEVEN * 9, "rel_actions_world": _SEVEN},
+                  [0.35, -0.7, 1.74, 0.28, -0.56, 1.39, 1, 0, 0, 0]),
+    "jaco_play": ("image", {"world_vector": _XYZ, "gripper_closedness_action": np.float32([1])},
+                  [0.0738413, -0.1467337, 0.3043480, 0, 0, 0, 1, 0, 0, 0]),
+    "berkeley_cable_routing": ("image", _OXE, [0.01, -0.02, 0.03, 0.05, -0.1, 0.2, 0, 0, 0, 0]),
+    "roboturk": ("front_rgb", _CLOSE, [0.01, -0.02, 0.03, 0.05, -0.1, 0.2, -1, 0, 0, 0]),
+    "nyu_door_opening_surprising_effectiveness":
+        ("image", _CLOSE, [0.2, -0.4, 0.6, 0.75, -1.5, 3, -1, 0, 0, 0]),
+    "viola": ("agentview_rgb", {**_OXE, "gripper_closedness_action": np.float32(1)},
+              [0.0175, -0.035, 0.0525, 0.15, -0.3, 0.6, 1, 0, 0, 0]),
+    "berkeley_autolab_ur5": ("image", {**_OXE, "gripper_closedness_action": np.float32(1)},
+                             [1, -2, 3, 0.75, -1.5, 3, 1, 0, 0, 0]),
+    "toto": ("image", {**_OXE, "open_gripper": np.bool_(True)},
+             [0.02, -0.04, 0.06, 0.05, -0.1, 0.2, 1, 0, 0, 0]),
+}  # fmt: skip
+for _name in ("10", "object", "goal", "spatial"):  # gains 1.75 and 3.5
+    _LIBERO = np.float32([0.2, -0.4, 1, 0.1, -0.2, 0.4, -1])
+    _TEN[f"libero_{_name}"] = ("image", _LIBERO, [0.35, -0.7, 1.74, 0.35, -0.7, 1.39, -1, 0, 0, 0])
+
+
+@pytest.mark.parametrize("name", sorted(data.SOURCES))
+def test_actions_of_every_data_set_by_hand(tmp_path, name):
+    camera, action, ten = _TEN[name]
+    text = {"natural_language_instruction": "lift"} if isinstance(action, dict) else {}
+    step = {"action": action, "observation": {camera: jpeg(picture(1)), **text}}
+    step |= {} if text else {"language_instruction": "lift"}
+    if name == "bridge_v2_multiview":
+        step["observation"] |= {f"image_{k}": jpeg(picture(k)) for k in (1, 2, 3)}
+    source = write_rlds(tmp_path / "rlds", {"train": [[{"steps": [step, step]}]]})
+    (episode,) = episodes_of(convert(source, tmp_path / "out", name))
+    assert np.abs(episode.actions - np.float32(ten)).max() < 1e-5
+    assert episode.metadata["language"] == "lift"
+    assert episode.metadata["fps"] == data.SOURCES[name].fps
+
+
+def test_policy_actions_by_hand():
+    raw = np.array([[0.05, -0.06, 0, 0.25, -0.3, 0, 0.81], [0, 0, 0, 0, 0, 0, 0.8]])
+    ten = data.map_actions(raw, "bridge_policy")
+    assert np.allclose(ten[0], [1.75, -1.75, 0, 1.4, -1.4, 0, -1, 0, 0, 0], atol=1e-6)
+    assert ten[1, 6] == 1
+    for wrong in (np.zeros((3, 6)), np.zeros((3, 11)), np.float32(1)):
+        with pytest.raises(data.InputError, match="last axis"):
+            data.map_actions(wrong, "bridge")
+    with pytest.raises(data.InputError, match="use one of"):
+        data.map_actions(raw, "bridge2")
+
+
+def test_cameras_are_there_by_their_flags_or_unless_black(tmp_path):
+    black = jpeg(np.zeros((32, 32, 3), np.uint8))
+    flags = {"has_image_0": True, "has_image_1": False, "has_image_2": True, "has_image_3": False}
+    flagged = bridge_example(1, views=4, **{k: np.bool_(v) for k, v in flags.items()})
+    for step in flagged["steps"]:
+        step["observation"]["image_2"] = black  # the flag decides, not the picture
+    plain = bridge_example(2, views=4)
+    for step in plain["steps"]:
+        step["observation"]["image_1"] = black
+    for name, example, views in (("a", flagged, [0, 2]), ("b", plain, [0, 2, 3])):
+        source = write_rlds(tmp_path / name, {"train": [[example]]})
+        (episode,) = episodes_of(convert(source, tmp_path / f"{name}_out", "bridge_v2_multiview"))
+        assert episode.views == views
+        images = [s["observation"][f"image_{views[-1]}"] for s in example["steps"]]
+        assert [episode.jpeg_bytes(t, views[-1]) for t in range(3)] == images
+    blind = bridge_example(3, has_image_0=np.bool_(False))
+    source = write_rlds(tmp_path / "c", {"train": [[blind]]})
+    with pytest.raises(data.InputError, match="main camera image_0 is missing"):
+        convert(source, tmp_path / "c_out")
+
+
+def test_success_comes_from_the_metadata_or_the_last_reward(tmp_path):
+    for name, labels in (("soar", (True, False)), ("bridge_v2", (1.0, 0.0))):
+        examples = []
+        for seed, label in enumerate(labels):
+            example = bridge_example(seed)
+            if name == "soar":
+                example["episode_metadata"]["success"] = np.bool_(label)
+            for t, step in enumerate(example["steps"] if name != "soar" else ()):
+                step["reward"] = np.float32(label * (t == 2))
+            examples.append(example)
+        source = write_rlds(tmp_path / name, {"train": [examples], "val": [examples[:1]]})
+        folder = convert(source, tmp_path / "out", name)
+        _, _, splits = data.read_index(folder)
+        assert [entry["success"] for entry in splits["train"]] == [True, False]
+        assert [entry["success"] for entry in splits["test"]] == [True]
+
+
+def test_hashed_split_is_the_same_in_every_process_and_order(tmp_path):
+    examples = [bridge_example(seed, success=np.bool_(seed % 2)) for seed in range(40)]
+    for example in examples:
+        example["steps"] = example["steps"][:1]
+    a = write_rlds(tmp_path / "a", {"success": [examples[:20]], "failure": [examples[20:]]})
+    b = write_rlds(tmp_path / "b", {"failure": [examples[::-2]], "success": [examples[-2::-2]]})
+    split = {}
+    for source in (a, b):
+        folder = convert(source, tmp_path / f"{source.name}_out", "soar")
+        for episode in episodes_of(folder):
+            key = episode.metadata["language"]
+            split.setdefault(key, []).append(episode.path.parent.name)
+    assert len(split) == 40 and all(x == y for x, y in split.values())
+    share = np.mean([x == "test" for x, _ in split.values()])
+    assert share == np.mean(
+        [int(hashlib.sha256(f"/raw/{s}".encode()).hexdigest(), 16) % 10 == 0 for s in range(40)]
+    )
+    assert 0 < share < 0.3
+
+
+def test_other_prefixes_missing_shards_and_chosen_splits(tmp_path, capsys):
+    shards = [[bridge_example(10 * i + k) for k in range(2)] for i in range(4)]
+    splits = {"train": shards, "val": [[bridge_example(99)]]}
+    source = write_rlds(tmp_path / "libero_10", splits, "robot_data", prefix="liber_o10")
+    next(source.glob("*train*00001-of*")).unlink()
+    folder = convert(source, tmp_path / "out")
+    assert "1 of the shards" in capsys.readouterr().out
+    texts = [e.metadata["language"] for e in episodes_of(folder)]
+    assert sorted(texts) == sorted(f"do {k}" for k in (0, 1, 20, 21, 30, 31, 99))
+    few = convert(source, tmp_path / "few", splits="train", max_shards=2)
+    texts = [e.metadata["language"] for e in episodes_of(few)]
+    assert sorted(texts) == sorted(f"do {k}" for k in (0, 1, 20, 21))
+    rest = convert(source, tmp_path / "few")  # the same command without limits adds the rest
+    assert len(episodes_of(rest)) == 7
+    test = convert(source, tmp_path / "test", splits="test")
+    assert [e.metadata["language"] for e in episodes_of(test)] == ["do 99"]
+
+
+def spoil(path: Path, fault: str) -> None:
+    content = bytearray(path.read_bytes())
+    size = struct.unpack("<Q", content[:8])[0]
+    second = size + 16
+    if fault == "payload":
+        content[second + 12 + 50] ^= 4
+    elif fault == "length":
+        content[second] ^= 1
+    elif fault == "huge":
+        header = struct.pack("<Q", 1 << 60)
+        content[second : second + 12] = header + struct.pack("<I", masked(slow_crc32c(header)))
+    elif fault == "cut":
+        del content[-5:]
+    elif fault == "lost":
+        del content[second:]
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "fault, message, left",
+    [
+        ("payload", "wrong checksum", 2),
+        ("length", "damaged length", 1),
+        ("huge", "cut off", 1),
+        ("cut", "cut off", 2),
+        ("lost", "of 3 expected", 1),
+    ],
+)
+def test_damaged_shards_stop_or_are_counted(tmp_path, fault, message, left):
+    source = write_rlds(tmp_path / "rlds", {"train": [[bridge_example(k) for k in range(3)]]})
+    spoil(next(source.glob("*tfrecord*")), fault)
+    with pytest.raises(data.InputError, match=message):
+        convert(source, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    folder = convert(source, tmp_path / "out", on_error="skip")
+    assert len(episodes_of(folder)) == left
+    errors = data.read_index(folder)[1][0]["errors"]
+    assert message in errors[0] and "robot_data-train.tfrecord-00000-of-00001, episode" in errors[0]
+    if fault == "payload":  # unless told not to look
+        convert(source, tmp_path / "blind", check_crc=False, on_error="skip")
+
+
+def broken_example(fault: str) -> dict:
+    example = bridge_example(1)
+    step = example["steps"][1]
+    if fault == "text":
+        step["observation"]["image_0"] = b"no image"
+    elif fault == "nan":
+        step["action"] = step["action"] * np.float32(np.nan)
+    elif fault == "missing":
+        for each in example["steps"]:
+            del each["action"]
+    elif fault == "ragged":
+        example["steps"][2]["action"] = example["steps"][2]["action"][:4]
+    elif fault == "empty":
+        for each in example["steps"]:
+            each["observation"]["image_0"] = b""
+    return example
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("text", "not a JPEG"),
+        ("nan", "not finite"),
+        ("missing", "does not match features.json"),
+        ("ragged", "does not match features.json"),
+        ("empty", "not a JPEG"),
+    ],
+)
+def test_bad_records_stop_or_are_counted(tmp_path, fault, message):
+    examples = [bridge_example(0), broken_example(fault), bridge_example(2)]
+    source = write_rlds(tmp_path / "rlds", {"train": [examples]})
+    with pytest.raises(data.InputError, match=message):
+        convert(source, tmp_path / "out")
+    folder = convert(source, tmp_path / "out", on_error="skip")
+    assert [e.metadata["language"] for e in episodes_of(folder)] == ["do 2", "do 0"]
+    (error,) = data.read_index(folder)[1][0]["errors"]
+    assert message in error and "episode 1" in error
+
+
+@pytest.mark.parametrize("fault", ["camera", "foreign", "json", "name", "two", "absent"])
+def test_bad_schemas_are_refused_before_anything_is_written(tmp_path, fault):
+    source, name = write_rlds(tmp_path / "in" / "a", {"train": [[bridge_example(0)]]}), "bridge_v2"
+    if fault == "camera":
+        name = "viola"
+    elif fault == "foreign":
+        text = (source / "features.json").read_text()
+        text = text.replace("tensorflow_datasets.core.features.text_feature.Text", "this.Text", 1)
+        (source / "features.json").write_text(text)
+    elif fault == "json":
+        (source / "dataset_info.json").write_text("{")
+    elif fault == "name":
+        info = json.loads((source / "dataset_info.json").read_text())
+        (source / "dataset_info.json").write_text(json.dumps({**info, "name": "../x"}))
+    elif fault == "two":
+        write_rlds(tmp_path / "in" / "b", {"train": [[bridge_example(0)]]})
+    with pytest.raises(data.InputError):
+        convert(tmp_path / ("in" if fault != "absent" else "nowhere"), tmp_path / "out", name)
+    assert "this" not in sys.modules and not list(tmp_path.glob("out/*/*"))
+
+
+def test_conversion_with_other_options_into_the_same_folder_is_refused(tmp_path):
+    source = write_rlds(tmp_path / "rlds", {"train": [[bridge_example(0)]]})
+    convert(source, tmp_path / "out")
+    with pytest.raises(data.InputError, match="take another"):
+        convert(source, tmp_path / "out", image_size=64)
+
+
+def test_full_disk_is_named_and_what_was_finished_stays(tmp_path, monkeypatch):
+    shards = [[bridge_example(i)] for i in range(4)]
+    source = write_rlds(tmp_path / "rlds", {"train": shards})
+    write, written = data.write_atomic, []
+
+    def limited(path, content):
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        write(path, content)
+
+    monkeypatch.setattr(data, "write_atomic", limited)
+    with pytest.raises(data.InputError, match="disk is full"):
+        convert(source, tmp_path / "out", num_workers=1)
+    monkeypatch.undo()
+    assert len(episodes_of(tmp_path / "out" / "bridge_v2")) == 2
+    assert len(episodes_of(convert(source, tmp_path / "out"))) == 4
+
+
+# --- a user's own episodes
+
+
+def test_own_npz_and_image_folders_become_episodes(tmp_path):
+    source, frames = tmp_path / "mine", np.stack([picture(t) for t in range(4)])
+    actions = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
+    (source / "train").mkdir(parents=True)
+    np.savez(source / "train" / "a.npz", frames=frames, actions=actions, language="lift",
+             success=True, fps=7.0)  # fmt: skip
+    np.savez(source / "train" / "b.npz", frames=np.stack([frames] * 2), actions=actions)
+    for camera in ("front", "wrist"):
+        (source / "test" / "c" / camera).mkdir(parents=True)
+        for t in range(4):
+            (source / "test" / "c" / camera / f"{t:03d}.jpg").write_bytes(jpeg(frames[t]))
+    np.save(source / "test" / "c" / "actions.npy", actions)
+    (source / "test" / "c" / "metadata.json").write_text('{"language": "push", "success": false}')
+    folder = convert(source, tmp_path / "out", "mine")
+    a, b, c = sorted(episodes_of(folder), key=lambda episode: episode.metadata["source"][-3])[::1]
+    named = {Path(e.metadata["source"]).parts[1]: e for e in (a, b, c)}
+    a, b, c = named["a.npz"], named["b.npz"], named["c"]
+    assert (a.metadata["language"], a.metadata["success"], a.metadata["fps"]) == ("lift", True, 7)
+    assert np.array_equal(a.actions[:, :7], actions) and not a.actions[:, 7:].any()
+    assert (a.views, b.views, c.views) == ([0], [0, 1], [0, 1])
+    assert c.path.parent.name == "test" and c.jpeg_bytes(2, 1) == jpeg(frames[2])
+    assert (c.metadata["language"], c.metadata["success"]) == ("push", False)
+    np.savez(source / "train" / "0.npz", frames=frames, actions=actions)  # added later
+    assert len(episodes_of(convert(source, tmp_path / "out", "mine"))) == 4
+    mapped = convert(source, tmp_path / "mapped", "mine", action_mapping="bridge", fps=3)
+    assert data.read_index(mapped)[0]["action_mapping"] == "bridge"
+    assert {e.metadata["fps"] for e in episodes_of(mapped)} == {3, 7}
+
+
+@pytest.mark.parametrize("fault", ["no frames", "pickle", "zip", "width", "lengths", "text"])
+def test_bad_own_episodes_are_refused_or_counted(tmp_path, fault):
+    source, frames = tmp_path / "mine", np.stack([picture(t) for t in range(4)])
+    source.mkdir()
+    values = {"frames": frames, "actions": np.zeros((4, 7))}
+    np.savez(source / "good.npz", **values)
+    changes = {
+        "no frames": {"frames": np.zeros((0, 8, 8, 3), np.uint8)},
+        "pickle": {"frames": np.array([{}], object)},
+        "zip": {},
+        "width": {"actions": np.zeros((4, 3))},
+        "lengths": {"actions": np.zeros((5, 7))},
+        "text": {"frames": np.array(["a"] * 4)},
+    }
+    np.savez(source / "bad.npz", **{**values, **changes[fault]})
+    if fault == "zip":
+        (source / "bad.npz").write_bytes((source / "good.npz").read_bytes()[:-300])
+    with pytest.raises(data.InputError, match="bad.npz"):
+        convert(source, tmp_path / "out", "mine")
+    folder = convert(source, tmp_path / "out", "mine", on_error="skip")
+    assert [e.metadata["source"] for e in episodes_of(folder)] == ["good.npz/0"]
+
+
+@pytest.mark.parametrize("kind, file", [("LeRobot", "meta/info.json"), ("MP4", "a/b.mp4")])
+def test_video_folders_are_answered_with_two_lines_of_python(tmp_path, kind, file):
+    (tmp_path / "in" / file).parent.mkdir(parents=True)
+    (tmp_path / "in" / file).write_text("{}")
+    with pytest.raises(data.InputError, match=f"a {kind} folder") as error:
+        convert(tmp_path / "in", tmp_path / "out", "mine")
+    lines = [line for line in str(error.value).splitlines() if line.startswith("    ")]
+    assert len(lines) == 2
+    compile("\n".join(line.strip() for line in lines), "answer", "exec")  # it is Python
+
+
+# --- downloads
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serve a folder; `faults` are used up one a request of a shard."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.faults, self.requests, self.md5 = folder, [], [], None
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def handle_error(self, *_):
+        pass
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        server, name = self.server, self.path.lstrip("/")
+        is_shard = "tfrecord" in name
+        server.requests.append((name, self.headers.get("Range")))
+        fault = server.faults.pop(0) if is_shard and server.faults else None
+        path = server.folder / name
+        if fault in (403, 503) or not path.is_file():
+            self.send_error(fault or 404)
+            return
+        content, start = path.read_bytes(), 0
+        if self.headers.get("Range") and fault != "no range":
+            start = int(self.headers["Range"][6:].rstrip("-"))
+        if start >= len(content):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        if start:
+            span = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            self.send_header("Content-Range", span)
+        if is_shard and server.md5:
+            self.send_header("x-goog-hash", "crc32c=AAAAAA==")
+            self.send_header("x-goog-hash", f"md5={server.md5}")
+        length = len(content) - start
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        if fault == "corrupt":
+            content = content[:-9] + bytes(9)
+        if fault in ("cut", "stall"):
+            self.wfile.write(content[start : start + length // 2])
+            self.wfile.flush()
+            if fault == "stall":
+                time.sleep(1.0)
+            self.connection.shutdown(2)
+            return
+        self.wfile.write(content[start:])
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    write_rlds(
+        tmp_path / "web",
+        {"train": [[bridge_example(10 * i + k) for k in range(2)] for i in range(3)]},
+    )
+    server = Server(tmp_path / "web")
+    fetch = data.fetch
+    quick = {"timeout": 0.3, "tries": 3, "pause": 0.001}
+    monkeypatch.setattr(data, "fetch", lambda *args: fetch(*args, **quick))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [],
+        ["cut", "cut", "cut", "cut", "cut"],
+        ["stall"],
+        [503, 503, "cut", 503],
+        ["cut", "no range", "cut"],
+    ],
+)
+def test_download_survives_bad_connections(tmp_path, server, faults):
+    server.faults = list(faults)
+    folder = convert(server.url, tmp_path / "out", num_workers=1)
+    local = convert(server.folder, tmp_path / "local")
+    for a, b in zip(episodes_of(folder), episodes_of(local), strict=True):
+        assert a.path.read_bytes() == b.path.read_bytes()
+    assert not server.faults and not list((folder / "download").glob("*tfrecord*"))
+    resumed = [span for _, span in server.requests if span]
+    assert bool(resumed) == ("cut" in faults or "stall" in faults)
+    for record in data.read_index(folder)[1]:
+        content = (server.folder / record["shard"]).read_bytes()
+        assert record["sha256"] == hashlib.sha256(content).hexdigest()
+        assert record["bytes"] == len(content)
+
+
+def test_download_gives_up_in_one_sentence_and_continues_later(tmp_path, server):
+    server.faults = ["cut", 503, 503, 503, 503]
+    with pytest.raises(data.InputError, match="run the same command later"):
+        convert(server.url, tmp_path / "out", num_workers=1)
+    kept = next((tmp_path / "out").rglob("*00000-of-00003.part"))
+    assert kept.stat().st_size > 0
+    server.faults, server.requests = [], []
+    assert len(episodes_of(convert(server.url, tmp_path / "out", num_workers=1))) == 6
+    spans = [span for name, span in server.requests if "00000-of" in name]
+    assert len(spans) == 1 and spans[0].startswith("bytes=")  # went on where it was
+    for status in (403, 404):
+        server.faults = [403]
+        with pytest.raises(data.InputError, match=str(status)):
+            convert(server.url + ("/x" if status == 404 else ""), tmp_path / str(status))
+
+
+def test_download_checks_the_published_md5(tmp_path, server):
+    path = next(server.folder.glob("*00000-of*"))
+    for other in server.folder.glob("*tfrecord*"):
+        if other != path:
+            other.unlink()
+    info = json.loads((server.folder / "dataset_info.json").read_text())
+    info["splits"][0]["shardLengths"] = ["2"]
+    path.rename(server.folder / path.name.replace("of-00003", "of-00001"))
+    (server.folder / "dataset_info.json").write_text(json.dumps(info))
+    content = next(server.folder.glob("*tfrecord*")).read_bytes()
+    server.md5 = base64.b64encode(hashlib.md5(content).digest()).decode()
+    server.faults = ["corrupt"]
+    assert len(episodes_of(convert(server.url, tmp_path / "out"))) == 2 and not server.faults
+    server.md5 = base64.b64encode(bytes(16)).decode()
+    with pytest.raises(data.InputError, match="another MD5"):
+        convert(server.url, tmp_path / "never")
+
+
+def test_killed_conversion_continues_and_ends_equal(tmp_path):
+    shards = [[bridge_example(10 * i + k, 12) for k in range(3)] for i in range(8)]
+    source = write_rlds(tmp_path / "rlds", {"train": shards})
+    whole, folder = convert(source, tmp_path / "whole"), tmp_path / "out" / "bridge_v2"
+    fork, rng, kills = multiprocessing.get_context("fork"), np.random.default_rng(0), 0
+    while kills < 10:
+        process = fork.Process(target=convert, args=(source, tmp_path / "out"))
+        process.start()
+        before, more = len(list(folder.glob("*/*"))), int(rng.integers(8))
+        end = time.time() + 20
+        while process.is_alive() and len(list(folder.glob("*/*"))) < before + more:
+            assert time.time() < end, "conversion hangs"
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        if not process.is_alive():
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    assert kills >= 2
+    convert(source, tmp_path / "out")
+    assert not list(folder.glob("*/.*"))  # nothing half written is left
+    for a, b in zip(episodes_of(folder), episodes_of(whole), strict=True):
+        assert a.path.name == b.path.name and a.path.read_bytes() == b.path.read_bytes()
+
+
+# --- the latent cache
+
+
+def encode(frames: torch.Tensor) -> torch.Tensor:
+    assert frames.shape[0] == 1 and frames.shape[1] <= 32 and frames.max() <= 1
+    pooled = torch.nn.functional.avg_pool2d(frames[0].permute(0, 3, 1, 2), 8)
+    return pooled.permute(0, 2, 3, 1)[None]  # (1, T, 4, 4, 3)
+
+
+def cache(folder, latents="fp", views=1, shard=(0, 1), encode=encode):
+    config = data.DataConfig(str(folder), "robot", image_size=32, views=views)
+    data.write_latent_cache(config, "train", latents, encode, shard)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_cache_serves_the_encoder_s_output_without_the_encoder(tmp_path, views):
+    make_dataset(tmp_path, [70, 9, 3], views=2)
+    cache(tmp_path, views=views)
+    fields = {"views": views, "stride": 2, "variable_history": True}
+    frames, latents = opened(tmp_path, **fields), opened_latents(tmp_path, **fields)
+    assert len(frames) == len(latents) == 2  # the third is too short for a clip
+    for key in ((0, 0), (5, 0), (9, 1)):
+        z, actions = latents[key]
+        rgb = frames[key].frames.reshape(-1, 1, 4, 32, 32, 3)
+        wanted = torch.cat([encode(view) for view in rgb])
+        assert z.dtype == torch.float32 and z.shape == (
+            (2, 4, 4, 4, 3) if views > 1 else (4, 4, 4, 3)
+        )
+        assert torch.equal(z, wanted.bfloat16().float().squeeze(0))
+        assert torch.equal(actions, frames[key].actions)
+
+
+def opened_latents(folder, latents="fp", **fields):
+    fields = {"image_size": 32, "num_frames": 4, "num_history": 1, "stride": 1, **fields}
+    return data.EpisodeDataset(data.DataConfig(str(folder), "robot", **fields), "train", latents)
+
+
+def test_partial_and_stale_caches_are_refused(tmp_path):
+    make_dataset(tmp_path, [9, 8, 7])
+    with pytest.raises(data.InputError, match="no complete latent cache"):
+        opened_latents(tmp_path)
+    cache(tmp_path, shard=(0, 2))
+    with pytest.raises(data.InputError, match="no complete latent cache"):
+        opened_latents(tmp_path)
+    cache(tmp_path, shard=(1, 2))  # the last part completes it
+    assert len(opened_latents(tmp_path)) == 3
+    for change in ({"latents": "other"}, {"image_size": 16}, {"views": (0, 1)}):
+        with pytest.raises(data.InputError):
+            opened_latents(tmp_path, **change)
+    entries = make_dataset(tmp_path / "more", [12])
+    os.rename(tmp_path / "more/robot/train/000000000.safetensors",
+              tmp_path / "robot/train/000000003.safetensors")  # fmt: skip
+    record = {"shard": "new", "episodes": {"train": [{**entries[0], "number": 3}]}}
+    data.append_index(tmp_path / "robot", record)
+    with pytest.raises(data.InputError, match="stale"):
+        opened_latents(tmp_path)
+    count = []
+    cache(tmp_path, encode=lambda frames: count.append(frames.shape[1]) or encode(frames))
+    assert count == [12] and len(opened_latents(tmp_path)) == 4  # only the new one was encoded
+
+
+def test_cache_interrupted_at_any_write_continues(tmp_path, monkeypatch):
+    make_dataset(tmp_path, [6] * 5)
+    replace, encoded = os.replace, []
+
+    def counted(frames):
+        encoded.append(1)
+        return encode(frames)
+
+    for _ in range(6):  # five files and the marker: each run dies at its second write
+        writes = itertools.count()
+
+        def dying(a, b, writes=writes):
+            if next(writes) == 1:
+                raise KeyboardInterrupt
+            replace(a, b)
+
+        monkeypatch.setattr(os, "replace", dying)
+        with contextlib.suppress(KeyboardInterrupt):
+            cache(tmp_path, encode=counted)
+        monkeypatch.undo()
+        marked = list((tmp_path / "robot").rglob("complete.json"))
+        if marked:
+            break
+        with pytest.raises(data.InputError, match="no complete"):
+            opened_latents(tmp_path)
+    assert len(encoded) == 9 and len(opened_latents(tmp_path)) == 5  # four were lost at a write
+
+
+# --- damaged files
+
+
+def mutations(content: bytes, seed: int, count: int = 200):
+    """Yield damaged copies: cut, bits flipped, bytes overwritten, a huge header, pieces swapped."""
+    rng = np.random.default_rng(seed)
+    for k in range(count):
+        copy, kind = bytearray(content), k % 5
+        at = int(rng.integers(len(copy)))
+        head = int(rng.integers(min(600, len(copy))))
+        if kind == 0:
+            del copy[at:]
+        elif kind == 1:
+            copy[head] ^= 1 << int(rng.integers(8))
+        elif kind == 2:
+            copy[at] ^= 1 << int(rng.integers(8))
+        elif kind == 3:
+            copy[:8] = rng.integers(0, 256, 8, dtype=np.uint8).tobytes() if k % 2 else b"\xff" * 8
+        else:
+            digits = [i for i, byte in enumerate(copy[:600]) if chr(byte).isdigit()]
+            if digits:
+                copy[int(rng.choice(digits))] = ord("9")
+            copy[head] = int(rng.integers(256))
+        yield bytes(copy)
+
+
+@pytest.mark.parametrize("reader", ["episode", "latents", "tfrecord"])
+def test_two_hundred_damaged_files_give_clean_errors(tmp_path, reader):
+    import resource
+
+    if reader == "tfrecord":
+        source = write_rlds(tmp_path / "rlds", {"train": [[bridge_example(k) for k in range(2)]]})
+        path = next(source.glob("*tfrecord*"))
+        schema = data.load_features(source, data.SOURCES["bridge_v2"])
+
+        def read():
+            found = list(data.read_shard(path, data.SOURCES["bridge_v2"], schema, True))
+            for item in found:
+                if isinstance(item, data.InputError):
+                    raise item
+    else:
+        make_dataset(tmp_path, [6])
+        cache(tmp_path)
+        dataset = opened_latents(tmp_path) if reader == "latents" else opened(tmp_path)
+        folder = (
+            next((tmp_path / "robot" / "train").glob("latents*")) if reader == "latents" else ""
+        )
+        path = tmp_path / "robot" / "train" / folder / "000000000.safetensors"
+
+        def read():
+            dataset[0]
+            if reader == "episode":
+                data.read_episode(path)
+
+    content, errors = path.read_bytes(), 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for damaged in mutations(content, 1):
+        path.write_bytes(damaged)
+        try:
+            read()
+        except data.InputError as error:
+            errors += 1
+            assert str(path) in str(error) or reader == "tfrecord"
+    # a flipped bit inside a float or a JPEG may still be a valid file; a TFRecord has checksums
+    assert errors >= (195 if reader == "tfrecord" else 100)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # KB
+    path.write_bytes(content)
+    read()
+
+
+# --- the command line
+
+
+def run(capsys, monkeypatch, *words) -> tuple[int, str, str]:
+    """Run data.py's main as the shell would: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, words)])
+    code = 0
+    try:
+        data.run_cli(data.main)
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_command_line_converts_inspects_and_answers_in_one_sentence(tmp_path, capsys, monkeypatch):
+    train = [[bridge_example(k, 20) for k in range(3)]]
+    source = write_rlds(tmp_path / "rlds", {"train": train, "val": [[bridge_example(9, 20)]]})
+    spoil(next(source.glob("*train*")), "payload")
+    call = functools.partial(run, capsys, monkeypatch)
+    flags = ("--dataset_name", "bridge_v2", "--source", source, "--output_dir", tmp_path / "out")
+    code, _, said = call(*flags)
+    assert code == 2 and said.startswith("error: ") and "wrong checksum" in said
+    flags = (*flags, "--on_error", "skip", "--check_crc", "true")
+    code, _, said = call(*flags, "--image_size", 64)
+    assert code == 2 and "take another" in said  # begun with 256
+    code, said, _ = call(*flags)
+    assert code == 0 and "2 train episodes, 1 left out" in said
+    code, said, _ = call("--inspect", tmp_path / "out" / "bridge_v2")
+    assert code == 0
+    for text in ("train: 2 episodes, 40 frames", "dropped by a loader", "'do 2'", "wrong checksum"):
+        assert text in said
+    with Image.open(tmp_path / "out/bridge_v2/contact_sheet.png") as sheet:
+        assert sheet.size == (1024, 3 * 142)
+    with Image.open(tmp_path / "out/bridge_v2/episodes.gif") as gif:
+        assert gif.n_frames > 1 and gif.size == (3 * 128, 128)
+    for words in (("--dataset_name", "bridg"), ("--source", "/nowhere"), ("--inspect", tmp_path)):
+        code, _, said = call(*words, "--output_dir", tmp_path / "x")
+        assert code == 2 and said.startswith("error: ") and len(said.strip().splitlines()) == 1
+
+
+def test_help_names_the_older_bridge_and_the_form_of_own_data():
+    words = [sys.executable, "data.py", "--help"]
+    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = " ".join(said.replace("│", " ").split())
+    assert "OLDER data set (387 GB" in said and "actions.npy" in said and "--on_error" in said
