@@ -405,7 +405,7 @@ def read_index(folder: str | Path) -> tuple[dict, list[dict], dict[str, list[dic
                 if type(entry["number"]) is not int or entry["length"] < 1 or not entry["views"]:
                     raise ValueError(f"entry {entry}")
         float(header["fps"]), str(header["action_mapping"])
-        return header, records, splits
+        return header, records, {k: sorted(v, key=lambda e: e["number"]) for k, v in splits.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged index ({error!r}); {REMEDY}") from error
 
@@ -1172,12 +1172,12 @@ def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tr
             with urllib.request.urlopen(request, timeout=timeout) as reply, open(part, "ab") as out:
                 if not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                     out.truncate(have := 0)  # the server starts from the beginning
-                size = have + int(reply.headers["Content-Length"])
                 while chunk := reply.read1(1 << 18):  # not read(): a stall would lose what came
                     out.write(chunk)
                     progress(len(chunk))
-            if part.stat().st_size != size:
-                raise ConnectionError(f"{part.stat().st_size} of {size} bytes came")
+            size, length = part.stat().st_size, reply.headers.get("Content-Length", "")
+            if length and size != have + int(length):
+                raise ConnectionError(f"{size} of {have + int(length)} bytes came")
             md5 = re.search("md5=([^, ]+)", ",".join(reply.headers.get_all("x-goog-hash", [])))
             if not md5 or base64.b64decode(md5[1]) == hash_file(part, "md5").digest():
                 return os.replace(part, path)
@@ -1187,13 +1187,11 @@ def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tr
             code = getattr(error, "code", 500)
             if getattr(error, "errno", 0) in DISK_FULL:
                 raise
-            if code == 416:
-                part.unlink()  # longer than the file: begin again
-            elif code < 500 and code not in (408, 429):
+            if code < 500 and code not in (408, 416, 429):
                 raise InputError(f"{url}: the server says {error}; check --source") from error
-            arrived = part.stat().st_size if part.exists() else 0
-            failures = 0 if arrived > furthest else failures + 1
-            furthest = max(furthest, arrived)
+            arrived = part.stat().st_size if part.exists() and code != 416 else 0
+            part.unlink() if code == 416 else None  # longer than the file: begin again
+            failures, furthest = 0 if arrived > furthest else failures + 1, max(furthest, arrived)
             if failures >= tries:
                 raise InputError(f"{url}: {error!r}; run the same command later") from error
             time.sleep(min(60.0, pause * 2**failures))
@@ -1204,37 +1202,34 @@ def list_shards(folder: Path, local: bool, args: Args) -> tuple[list[Shard], int
 
     On disk a file's prefix need not be the data set's name, and shards may be missing.
     """
-    shards, numbers, size, missing = [], itertools.count(0, 10_000), 0, 0
-    pattern = r".+-([\w.]+)\.tfrecord-(\d{5})-of-\d{5}"
+    pattern, chosen, first, size = r".+-([\w.]+)\.tfrecord-(\d{5})-of-\d{5}", [], 0, 0
     matches = [re.fullmatch(pattern, path.name) for path in folder.iterdir()] if local else []
     found = {(match[1], int(match[2])): match[0] for match in matches if match}
     wanted = {split.strip() for split in args.splits.split(",")} - {""}
     try:
         info = json.loads((folder / "dataset_info.json").read_bytes())
         targets = {split["name"]: TARGETS.get(split["name"], "") for split in info["splits"]}
+        if not all(re.fullmatch(r"[\w.]+", name) for name in (info["name"], *targets)):
+            raise ValueError(f"odd names: {info['name']!r}, {list(targets)}")
         for split in info["splits"]:
-            name, counts, taken = split["name"], [int(n) for n in split["shardLengths"]], 0
-            if not re.fullmatch(r"[\w.]+", name) or not re.fullmatch(r"[\w.]+", info["name"]):
-                raise ValueError(f"{info['name']!r} or {name!r} is no name")
-            for i, (count, first) in enumerate(zip(counts, numbers, strict=False)):
+            name, counts, shards = split["name"], [int(n) for n in split["shardLengths"]], []
+            target = targets[name] if "test" in targets.values() else ""
+            for i, count in enumerate(counts):
                 file = f"{info['name']}-{name}.tfrecord-{i:05d}-of-{len(counts):05d}"
-                file = found.get((name, i)) if local else file
-                if taken == (args.max_shards or -1) or (
-                    wanted and not wanted & {name, targets[name]}
-                ):
-                    continue
-                if file:
-                    target = targets[name] if "test" in targets.values() else ""
-                    shards.append(Shard(file, target, first, count))
-                    taken += 1
-                else:
-                    missing += 1
-            size += int(split["numBytes"]) * taken // max(1, len(counts))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+                file = found.get((name, i), "") if local else file
+                shards.append(Shard(file, target, first, count))
+                first += 10_000  # room for a shard's episodes, of which there are a few hundred
+            here = [shard for shard in shards if shard.name][: args.max_shards or None]
+            if not wanted or wanted & {name, targets[name]}:
+                chosen, size = (
+                    chosen + here,
+                    size + int(split["numBytes"]) * len(here) // len(counts),
+                )
+                if missing := sum(not shard.name for shard in shards):
+                    print(f"{folder}: {missing} of {len(counts)} shards of {name} are not here")
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"{folder}: unreadable dataset_info.json ({error!r})") from error
-    if missing:
-        print(f"{folder}: {missing} of the shards in dataset_info.json are not here")
-    return shards, size
+    return chosen, size
 
 
 def list_own(root: Path, folder: Path) -> list[Shard]:
@@ -1248,20 +1243,19 @@ def list_own(root: Path, folder: Path) -> list[Shard]:
             "    np.savez(name, frames=np.stack(frames), actions=actions, language=text)"
         )
     _, records, splits = read_index(folder) if (folder / "index.jsonl").exists() else (0, [], {})
-    start = 1 + max((entry["number"] for split in splits.values() for entry in split), default=-1)
+    first = 1 + max((entry["number"] for split in splits.values() for entry in split), default=-1)
     paths = [*root.rglob("*.npz"), *(path.parent for path in root.rglob("actions.npy"))]
     names = {str(path.relative_to(root)) for path in paths} - {r["shard"] for r in records}
     targets = [(name, TARGETS.get(name.split(os.sep)[0], "")) for name in sorted(names)]
-    return [Shard(*pair, start + i, 1) for i, pair in enumerate(targets)]
+    return [Shard(*pair, first + i, 1) for i, pair in enumerate(targets)]
 
 
 def open_source(args: Args, folder: Path) -> tuple[Source, Path, str, list[Shard], int, Callable]:
     """Find what to convert: (source, folder of the shards, URL or "", shards, bytes, reader)."""
-    public = SOURCES.get(args.dataset_name)
+    public, names = SOURCES.get(args.dataset_name), ", ".join(SOURCES)
     where = args.source or (public.url if public else "")
     url = where if re.match("(https?|gs)://", where) else ""
     if args.dataset_name in ("", ".", "..") or folder.name != args.dataset_name or not where:
-        names = ", ".join(SOURCES)
         raise InputError(f"dataset_name: take one of {names}, or give your own data as --source")
     if url:
         base = folder / "download"
@@ -1279,7 +1273,7 @@ def open_source(args: Args, folder: Path) -> tuple[Source, Path, str, list[Shard
             return own, Path(where), "", list_own(Path(where), folder), 0, read_own
         base = found[0].parent
     if not public:
-        raise InputError(f"{where}: RLDS data; say which with --dataset_name: {', '.join(SOURCES)}")
+        raise InputError(f"{where}: RLDS data; say which with --dataset_name: {names}")
     schema, (shards, size) = load_features(base, public), list_shards(base, not url, args)
     read = functools.partial(read_shard, source=public, schema=schema, check=args.check_crc)
     return public, base, url, shards, size, read
@@ -1291,18 +1285,14 @@ def convert_shard(episodes: Iterable[Any], shard: Shard, folder: Path, header: d
     Raises InputError at a bad episode, with nothing of the shard left, unless `skip` lists it.
     """
     record, files, i = {"shard": shard.name, "episodes": {}, "errors": []}, [], -1
-
-    def fail(error: InputError) -> None:
-        message = f"{shard.name}, episode {i}: {error}"
-        if not skip:
-            raise InputError(f"{message} (or leave it out: --on_error skip)") from error
-        record["errors"].append(message)
-
+    wrong = InputError(f"there should be {shard.count} episodes; fetch the shard again")
     try:
-        for i, episode in enumerate(episodes):
+        for i, episode in enumerate(itertools.chain(episodes, [None])):
             try:
-                if isinstance(episode, InputError):
-                    raise episode
+                if episode is None and i == shard.count:
+                    return record
+                if not isinstance(episode, tuple):
+                    raise episode or wrong
                 frames, raw, about = episode
                 name = about.pop("file", "") or f"{shard.name}/{i}"
                 hashed = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
@@ -1313,9 +1303,10 @@ def convert_shard(episodes: Iterable[Any], shard: Shard, folder: Path, header: d
                 entry = write_episode(files[-1], frames, actions, about, header["image_size"])
                 record["episodes"].setdefault(split, []).append(entry)
             except InputError as error:
-                fail(error)
-        if i + 1 != shard.count:
-            fail(InputError(f"the last one, of {shard.count} expected; fetch the shard again"))
+                message = f"{shard.name}, episode {i}: {error}"
+                if not skip:
+                    raise InputError(f"{message} (to leave it out: --on_error skip)") from error
+                record["errors"].append(message)
     except BaseException:
         for path in files:
             path.unlink(missing_ok=True)
@@ -1330,22 +1321,22 @@ def convert(args: Args) -> None:
     """
     folder, stop = Path(args.output_dir) / args.dataset_name, threading.Event()
     source, base, url, shards, size, read = open_source(args, folder)
-    header = {"dataset": args.dataset_name, "fps": args.fps or source.fps}
-    header |= {"action_mapping": args.action_mapping or source.mapping}
-    header |= {"image_size": args.image_size}
+    header = {
+        "dataset": args.dataset_name,
+        "fps": args.fps or source.fps,
+        "action_mapping": args.action_mapping or source.mapping,
+        "image_size": args.image_size,
+    }
     map_actions(np.zeros(7), header["action_mapping"])  # an unknown name ends here
-    finished = set()
+    if not (folder / "index.jsonl").exists():
+        if not shards:
+            raise InputError(f"{folder}: nothing to convert; check --source and --splits")
+        append_index(folder, header)
+    before, records, _ = read_index(folder)
+    if before != header:
+        raise InputError(f"{folder} was written with {before}, not {header}; take another one")
     for path in folder.glob("*/.*.tmp"):  # of a run that was killed
         path.unlink()
-    if (folder / "index.jsonl").exists():
-        before, records, _ = read_index(folder)
-        finished = {record["shard"] for record in records}
-        if before != header:
-            raise InputError(f"{folder} was written with {before}, not {header}; take another one")
-    elif shards:
-        append_index(folder, header)
-    else:
-        raise InputError(f"{folder}: nothing to convert; check --source and --splits")
 
     def progress(count: int) -> None:
         if stop.is_set():
@@ -1354,43 +1345,40 @@ def convert(args: Args) -> None:
 
     def job(shard: Shard) -> dict:
         path = base / shard.name
+        if url and not path.exists():
+            fetch(f"{url}/{shard.name}", path, progress)
         try:
-            if url and not path.exists():
-                fetch(f"{url}/{shard.name}", path, progress)
             record = convert_shard(read(path), shard, folder, header, args.on_error == "skip")
+        except InputError:
+            if url:
+                path.unlink()  # it may have been damaged on its way: the next run fetches it again
+            raise
+        content = path if path.is_file() else path / "actions.npy"
+        record |= {"sha256": hash_file(content, "sha256").hexdigest()}
+        record |= {"bytes": content.stat().st_size}
+        path.unlink() if url else progress(record["bytes"])
+        return record
+
+    finished, start, done = {record["shard"] for record in records}, time.time(), 0
+    options = {"total": size or None, "unit": "B", "unit_scale": True, "disable": None}
+    with ThreadPoolExecutor(args.num_workers) as pool, tqdm(desc=folder.name, **options) as bar:
+        try:
+            jobs = [pool.submit(job, shard) for shard in shards if shard.name not in finished]
+            for ready in as_completed(jobs):
+                append_index(folder, record := ready.result())
+                done += record["bytes"] / 1e6
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
             raise InputError(f"{folder}: the disk is full; free space, run again") from error
-        content = path if path.is_file() else path / "actions.npy"
-        record["sha256"] = hash_file(content, "sha256").hexdigest()
-        record["bytes"] = content.stat().st_size
-        if url:
-            path.unlink()
-        else:
-            progress(record["bytes"])
-        return record
-
-    todo, start, done = [s for s in shards if s.name not in finished], time.time(), 0
-    options = {"total": size or None, "unit": "B", "unit_scale": True, "disable": None}
-    with ThreadPoolExecutor(args.num_workers) as pool, tqdm(desc=folder.name, **options) as bar:
-        jobs = [pool.submit(job, shard) for shard in todo]
-        try:
-            for ready in as_completed(jobs):
-                append_index(folder, record := ready.result())
-                done += record["bytes"]
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-    seconds, (_, records, splits) = time.time() - start, read_index(folder)
+    rate, (_, records, splits) = done / (time.time() - start), read_index(folder)
     errors = [error for record in records for error in record["errors"]]
     counts = ", ".join(f"{len(entries)} {split}" for split, entries in sorted(splits.items()))
-    print(
-        f"{folder}: {counts} episodes, {len(errors)} left out; this run read {done / 1e6:.1f} MB, "
-        f"{done / 1e6 / max(seconds, 1e-3):.0f} MB/s",
-        *(f"left out: {error}" for error in errors),
-        sep="\n",
-    )
+    print(f"{folder}: {counts} episodes, {len(errors)} left out ({done:.1f} MB, {rate:.0f} MB/s)")
+    print("".join(f"left out: {error}\n" for error in errors), end="")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -665,7 +665,7 @@ def test_other_prefixes_missing_shards_and_chosen_splits(tmp_path, capsys):
     source = write_rlds(tmp_path / "libero_10", splits, "robot_data", prefix="liber_o10")
     next(source.glob("*train*00001-of*")).unlink()
     folder = convert(source, tmp_path / "out")
-    assert "1 of the shards" in capsys.readouterr().out
+    assert "1 of 4 shards of train" in capsys.readouterr().out
     texts = [e.metadata["language"] for e in episodes_of(folder)]
     assert sorted(texts) == sorted(f"do {k}" for k in (0, 1, 20, 21, 30, 31, 99))
     few = convert(source, tmp_path / "few", splits="train", max_shards=2)
@@ -702,7 +702,7 @@ def spoil(path: Path, fault: str) -> None:
         ("length", "damaged length", 1),
         ("huge", "cut off", 1),
         ("cut", "cut off", 2),
-        ("lost", "of 3 expected", 1),
+        ("lost", "should be 3 episodes", 1),
     ],
 )
 def test_damaged_shards_stop_or_are_counted(tmp_path, fault, message, left):
@@ -986,6 +986,13 @@ def test_download_gives_up_in_one_sentence_and_continues_later(tmp_path, server)
         server.faults = [403]
         with pytest.raises(data.InputError, match=str(status)):
             convert(server.url + ("/x" if status == 404 else ""), tmp_path / str(status))
+
+
+def test_shard_damaged_on_its_way_is_fetched_again(tmp_path, server):
+    server.faults = ["corrupt"]
+    with pytest.raises(data.InputError, match="wrong checksum"):
+        convert(server.url, tmp_path / "out", num_workers=1)
+    assert len(episodes_of(convert(server.url, tmp_path / "out"))) == 6
 
 
 def test_download_checks_the_published_md5(tmp_path, server):
