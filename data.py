@@ -280,7 +280,9 @@ def open_frame(image: bytes | np.ndarray, where: str) -> Image.Image:
 def decode_frame(image: bytes | np.ndarray, size: int | None, where: str) -> np.ndarray:
     """Return an image as uint8 (H, W, 3), resized to `size` squared unless that is None."""
     try:
-        rgb = open_frame(image, where).convert("RGB")
+        opened = open_frame(image, where)
+        rgb = opened if opened.mode == "RGB" else opened.convert("RGB")
+        rgb.load()
     except (OSError, SyntaxError) as error:
         raise InputError(f"{where}: broken image ({error}); {REMEDY}") from error
     if size and rgb.size != (size, size):
@@ -360,11 +362,14 @@ class Episode:
 
     def frames(self, times: Iterable[int], views: Iterable[int], size: int | None) -> np.ndarray:
         """Decode frames to uint8 (V, T, H, W, 3)."""
-        where, times = str(self.path), list(times)
-        rows = [[decode_frame(self.jpeg_bytes(t, v), size, where) for t in times] for v in views]
-        if len({frame.shape for row in rows for frame in row}) > 1:
-            raise InputError(f"{where}: the frames differ in size; {REMEDY} with one image_size")
-        return np.stack([np.stack(row) for row in rows])
+        where, (times, views), out = str(self.path), (list(times), list(views)), None
+        for i, (view, t) in enumerate(itertools.product(views, times)):
+            frame = decode_frame(self.jpeg_bytes(t, view), size, where)
+            out = np.empty((len(views) * len(times), *frame.shape), np.uint8) if i == 0 else out
+            if frame.shape != out.shape[1:]:
+                raise InputError(f"{where}: its frames differ in size; {REMEDY} with one size")
+            out[i] = frame
+        return out.reshape(len(views), len(times), *out.shape[1:])
 
 
 def read_episode(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
