@@ -1,0 +1,228 @@
+"""Measure by hand what must be fast: ratios in one run, absolute times beside them.
+
+    python tests/bench.py                        # all sections
+    python tests/bench.py train rollout          # some of them
+    python tests/bench.py train --size T --channels 24 --grid 8 --frames 6 --batch 16
+
+Every section is a function `section(args)` that prints table rows; `SECTIONS` lists them.
+"""
+
+import argparse
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from diffusion import FlowMatching, shift_tau, time_shift
+from dit import DIT_SIZES, DiT, DiTConfig, timestep_embedding
+
+
+def alternate(variants: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Time variants in turns, so that other load hits all alike: {name: median seconds}."""
+    for run in variants.values():  # warm up: compile, fill caches
+        run()
+    seconds = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def row(*cells) -> None:
+    print(
+        "  " + "  ".join(f"{cell:<34}" if i == 0 else f"{cell:>12}" for i, cell in enumerate(cells))
+    )
+
+
+def build(args, **fields) -> DiT:
+    """Build the model under test with weights that are not zero anywhere."""
+    torch.manual_seed(0)
+    config = DIT_SIZES[args.size] | dict(max_frames=args.frames) | fields
+    dit = DiT(DiTConfig(args.channels, 1, **config))
+    for name, parameter in dit.named_parameters():
+        if "adaLN" in name or "final_layer" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return dit
+
+
+# ------------------------------------------------------------------------------------------------
+# The plain implementation: what one writes first, with the weights of ours.
+
+
+def plain_norm(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def plain_rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """x (..., L, E), angles (L, E/2)."""
+    x0, x1 = x[..., 0::2], x[..., 1::2]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), -1).flatten(-2)
+
+
+def plain_block(block, x: Tensor, c: Tensor, angles: Tensor, causal: bool) -> Tensor:
+    """x (batch, L, D), c (batch, L or 1, D)."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c).chunk(6, -1)
+    y = plain_norm(x, 1e-6) * (1 + scale1) + shift1
+    q, k, v = block.attn.qkv_proj(y).chunk(3, -1)
+    q, k, v = (z.unflatten(-1, (block.attn.heads, -1)).transpose(1, 2) for z in (q, k, v))
+    q, k = (plain_rotate(plain_norm(z, 1.19e-7), angles) for z in (q, k))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    x = x + gate1 * block.attn.out_proj(y.transpose(1, 2).reshape(x.shape))
+    y = plain_norm(x, 1e-6) * (1 + scale2) + shift2
+    gate, value = block.ffwd.w12(y).chunk(2, -1)
+    return x + gate2 * block.ffwd.w3(F.silu(gate) * value)
+
+
+def plain_forward(dit: DiT, z: Tensor, tau: Tensor, actions: Tensor) -> Tensor:
+    """Run a factored single-view DiT with patch 1 and the plain head."""
+    B, T, h, w, C = z.shape
+    N, E = h * w, dit.config.dim // dit.config.heads
+    c = dit.timestep_mlp(timestep_embedding(tau)) + dit.action_embedder(actions)
+    x = F.linear(z.reshape(B, T, N, C), dit.x_proj.weight.flatten(1), dit.x_proj.bias)
+    quarter = 10000 ** (-torch.arange(E // 4) / (E // 4))
+    rows = (torch.arange(h)[:, None] * quarter)[:, None].expand(h, w, -1)
+    columns = (torch.arange(w)[:, None] * quarter).expand(h, w, -1)
+    space = torch.cat((rows, columns), -1).reshape(N, E // 2)
+    times = torch.arange(T)[:, None] * 10000 ** (-torch.arange(E // 2) / (E // 2))
+    for layer in dit.blocks:
+        x = x.reshape(B * T, N, -1)
+        x = plain_block(layer.s_block, x, c.reshape(B * T, 1, -1), space, causal=False)
+        x = x.reshape(B, T, N, -1).transpose(1, 2).reshape(B * N, T, -1)
+        c_time = c[:, None].expand(B, N, T, -1).reshape(B * N, T, -1)
+        x = plain_block(layer.t_block, x, c_time, times, causal=True)
+        x = x.reshape(B, N, T, -1).transpose(1, 2)
+    shift, scale = dit.final_layer.adaLN_modulation(c)[:, :, None].chunk(2, -1)
+    return dit.final_layer.linear(plain_norm(x, 1e-6) * (1 + scale) + shift).reshape(z.shape)
+
+
+# ------------------------------------------------------------------------------------------------
+# Sections.
+
+
+def train_step(args, kind: str) -> Callable[[], None]:
+    """Build one training step: loss, backward, AdamW. kind: plain | ours | compiled."""
+    dit = build(args, action_dropout=0.0).train()
+    net = dit if kind != "compiled" else torch.compile(dit, fullgraph=True)
+    if kind == "plain":
+        net = lambda *inputs: plain_forward(dit, *inputs)  # noqa: E731
+    adam = torch.optim.AdamW(dit.parameters(), lr=1e-5, fused=kind != "plain")
+    objective = FlowMatching(shift=time_shift(args.grid**2, args.channels))
+    z = torch.randn(args.batch, args.frames, args.grid, args.grid, args.channels)
+    actions = torch.randn(args.batch, args.frames, 10)
+
+    def step():
+        adam.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            loss, _ = objective.loss(net, z, actions, 2)
+        loss.backward()
+        adam.step()
+
+    return step
+
+
+def train(args) -> None:
+    """Time a training step against the plain eager implementation; peak memory of each alone."""
+    kinds = ["plain", "ours", "compiled"]
+    seconds = alternate({kind: train_step(args, kind) for kind in kinds}, args.rounds)
+    row("training step", "seconds", "x plain", "peak GB")
+    for kind in kinds:
+        command = [sys.executable, __file__, "peak", "--kind", kind, *sys.argv[1:]]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        ratio = seconds[kind] / seconds["plain"]
+        row(kind, f"{seconds[kind]:.3f}", f"{ratio:.2f}", out.split()[-1])
+
+
+def peak(args) -> None:
+    """Print the peak resident memory of two training steps, the interpreter included."""
+    step = train_step(args, args.kind)
+    for _ in range(2):
+        step()
+    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}")
+
+
+def profile(args) -> None:
+    """Show where the time of a training step goes, by operator."""
+    for kind in ("plain", "ours"):
+        step = train_step(args, kind)
+        step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            step()
+        events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+        total = sum(event.self_cpu_time_total for event in events)
+        row(f"{kind}: operator", "ms", "%", "calls")
+        for event in events[: args.rows]:
+            ms, share = event.self_cpu_time_total / 1e3, event.self_cpu_time_total / total
+            row(event.key[:34], f"{ms:.1f}", f"{100 * share:.1f}", event.count)
+
+
+def rollout(args) -> None:
+    """Time one frame at a full window: everything recomputed, exact cache, rolling cache."""
+    for dtype in (torch.float32, torch.bfloat16):
+        dit = build(args).eval().to(dtype)
+
+        def uncached(z, tau, actions, dit=dit):
+            return dit(z, tau, actions)
+
+        uncached.config = dit.config
+        objective = FlowMatching(shift=time_shift(args.grid**2, args.channels))
+        z = torch.randn(1, args.frames, args.grid, args.grid, args.channels)
+        n = 2  # frames a run; the first one fills the window
+
+        def run(model, frames, context, objective=objective, z=z):
+            actions = torch.zeros(1, args.frames + frames, 10)
+            objective.rollout(model, z, actions, frames, context=context)
+
+        variants = {
+            "uncached": lambda uncached=uncached, run=run: run(uncached, 1, "exact"),
+            "exact 1": lambda dit=dit, run=run: run(dit, 1, "exact"),
+            "exact": lambda dit=dit, run=run: run(dit, 1 + n, "exact"),
+            "rolling": lambda dit=dit, run=run: run(dit, 1 + n, "rolling"),
+        }
+        seconds = alternate(variants, args.rounds)
+        row(f"rollout, {str(dtype)[6:]}", "s a frame", "x faster")
+        row("uncached", f"{seconds['uncached']:.3f}", "1.00")
+        for name in ("exact", "rolling"):
+            steady = (seconds[name] - seconds["exact 1"]) / n
+            row(name, f"{steady:.3f}", f"{seconds['uncached'] / steady:.2f}")
+
+
+SECTIONS = {"train": train, "rollout": rollout, "profile": profile}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("sections", nargs="*", default=list(SECTIONS))
+    parser.add_argument("--size", default="S", choices=DIT_SIZES)
+    parser.add_argument("--channels", type=int, default=96)
+    parser.add_argument("--grid", type=int, default=16)
+    parser.add_argument("--frames", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=15, help="operators shown by profile")
+    parser.add_argument("--kind", default="ours", help="variant measured by peak")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if "peak" in args.sections:
+        return peak(args)
+    print(f"torch {torch.__version__}, {platform.processor()}, {args.threads} threads, {args}")
+    for name in args.sections:
+        SECTIONS[name](args)
+        print()
+
+
+if __name__ == "__main__":
+    main()
