@@ -418,26 +418,22 @@ def read_index(folder: str | Path) -> tuple[dict, list[dict], dict[str, list[dic
 # ------------------------------------------------------------------------------------------------
 # Public data sets: where they are and what their actions mean.
 
-ACTION_MAPPINGS = {  # clip(gain * (raw - mean), -limit, limit); bounds as in arXiv 2605.06388's code
-    # name: gain and limit of xyz, gain and limit of rotation, gripper [, mean of xyz]
+# fmt: off
+ACTION_MAPPINGS = {  # clip(gain * (raw - mean), -limit, limit), numbers of arXiv 2605.06388's code
+    # name: (gain of xyz, its limit, gain of rotation, its limit, gripper[, mean of xyz])
     "raw": (1.0, np.inf, 1.0, np.inf, "raw"),
     "bridge": (1.75 / 0.05, 1.74, 1.4 / 0.25, 1.39, "open"),  # 1 open, 0 closed -> -1, +1
     "bridge_policy": (1.75 / 0.05, 1.75, 1.4 / 0.25, 1.4, "policy"),  # above 0.8 open
     "libero": (1.75 / 1.0, 1.74, 1.4 / 0.4, 1.39, "raw"),
     "taco_play": (1.75 / 0.05, 1.74, 1.4 / 0.25, 1.39, "raw"),
-    "jaco_play": (
-        (1 / 0.12234575, 1 / 0.09676983, 1 / 0.11155209),
-        np.inf,
-        1.0,
-        np.inf,
-        "raw",
-        (0.00096585, -0.00580069, -0.00395066),
-    ),  # fmt: skip
+    "jaco_play": ((1 / 0.12234575, 1 / 0.09676983, 1 / 0.11155209), np.inf, 1.0, np.inf, "raw",
+                  (0.00096585, -0.00580069, -0.00395066)),
     "nyu_door": (20.0, np.inf, 15.0, np.inf, "raw"),
     "viola": (1.75, np.inf, 3.0, np.inf, "raw"),
     "autolab_ur5": (100.0, np.inf, 15.0, np.inf, "raw"),
     "toto": (2.0, np.inf, 1.0, np.inf, "raw"),  # gripper 1 = open, 0 = closed, as in that code
 }
+# fmt: on
 
 
 def map_actions(raw: np.ndarray, mapping: str) -> np.ndarray:
@@ -462,48 +458,37 @@ class Source(NamedTuple):
 
     url: str
     gigabytes: int | None  # None: not known
-    cameras: tuple[str, ...]  # image keys; the first is the main camera
+    cameras: str  # image keys; the first is the main camera
     mapping: str
     fps: float
     success: str = ""  # key in episode_metadata, or "reward": that of the last step
 
 
+# fmt: off
 _RAIL, _GCS = "https://rail.eecs.berkeley.edu/datasets/", "gs://gresearch/robotics/{}/0.1.0"
 _BRIDGE = _RAIL + "bridge_release/data/tfds/bridge_dataset/1.0.0"
-_LIBERO = (
-    "https://huggingface.co/datasets/openvla/modified_libero_rlds/resolve/main/{}_no_noops/1.0.0"
-)
-_NYU, _CABLE = "nyu_door_opening_surprising_effectiveness", "berkeley_cable_routing"
-SOURCES = {
-    name: Source(url.format(name), size, tuple(cameras.split()), *rest)
-    for name, url, size, cameras, *rest in (
-        ("bridge_v2", _BRIDGE, 124, "image_0", "bridge", 5, "reward"),
-        (
-            "bridge_v2_multiview",
-            _BRIDGE,
-            124,
-            "image_0 image_1 image_2 image_3",
-            "bridge",
-            5,
-            "reward",
-        ),
-        ("soar", _RAIL + "soar_release/1.0.0", None, "image_0", "bridge", 5, "success"),
-        ("bridge", _GCS, 387, "image", "bridge", 5),  # the older Bridge
-        ("rt_1", _GCS.format("fractal20220817_data"), 111, "image", "raw", 3, "reward"),
-        ("taco_play", _GCS, 48, "rgb_static", "taco_play", 15),
-        ("jaco_play", _GCS, 9, "image", "jaco_play", 10),
-        (_CABLE, _GCS, 5, "image", "raw", 10),
-        ("roboturk", _GCS, 45, "front_rgb", "raw", 10),
-        (_NYU, _GCS, 7, "image", "nyu_door", 3),
-        ("viola", _GCS, 10, "agentview_rgb", "viola", 20),
-        ("berkeley_autolab_ur5", _GCS, 76, "image", "autolab_ur5", 5),
-        ("toto", _GCS, 128, "image", "toto", 30),
-        ("libero_10", _LIBERO, None, "image", "libero", 20, "reward"),
-        ("libero_object", _LIBERO, None, "image", "libero", 20, "reward"),
-        ("libero_goal", _LIBERO, None, "image", "libero", 20, "reward"),
-        ("libero_spatial", _LIBERO, None, "image", "libero", 20, "reward"),
-    )
-}
+_LIBERO = "https://huggingface.co/datasets/openvla/modified_libero_rlds/resolve/main/"
+_LIBERO += "{}_no_noops/1.0.0"
+SOURCES = {name: Source(url.format(name), *rest) for name, url, *rest in (
+    ("bridge_v2", _BRIDGE, 124, "image_0", "bridge", 5, "reward"),
+    ("bridge_v2_multiview", _BRIDGE, 124, "image_0 image_1 image_2 image_3", "bridge", 5, "reward"),
+    ("soar", _RAIL + "soar_release/1.0.0", None, "image_0", "bridge", 5, "success"),
+    ("bridge", _GCS, 387, "image", "bridge", 5),  # an older data set than bridge_v2
+    ("rt_1", _GCS.format("fractal20220817_data"), 111, "image", "raw", 3, "reward"),
+    ("taco_play", _GCS, 48, "rgb_static", "taco_play", 15),
+    ("jaco_play", _GCS, 9, "image", "jaco_play", 10),
+    ("berkeley_cable_routing", _GCS, 5, "image", "raw", 10),
+    ("roboturk", _GCS, 45, "front_rgb", "raw", 10),
+    ("nyu_door_opening_surprising_effectiveness", _GCS, 7, "image", "nyu_door", 3),
+    ("viola", _GCS, 10, "agentview_rgb", "viola", 20),
+    ("berkeley_autolab_ur5", _GCS, 76, "image", "autolab_ur5", 5),
+    ("toto", _GCS, 128, "image", "toto", 30),
+    *((f"libero_{suite}", _LIBERO, None, "image", "libero", 20, "reward")
+      for suite in ("10", "object", "goal", "spatial")),
+)}
+TARGETS = {"train": "train", "val": "test", "validation": "test", "test": "test"}
+PICTURES = (".jpg", ".jpeg", ".png")
+# fmt: on
 
 
 # ------------------------------------------------------------------------------------------------
@@ -598,7 +583,7 @@ def load_features(folder: Path, source: Source) -> tuple[Any, Any]:
         raise
     except Exception as error:  # tfds raises a dozen types
         raise InputError(f"{folder}: no RLDS schema to read ({error!r}); fetch it again") from error
-    if missing := {"action", *source.cameras} - has:
+    if missing := {"action", *source.cameras.split()} - has:
         raise InputError(f"{folder}: no feature {missing} among {has}; is this another data set?")
     return features, skip_images(features)
 
@@ -630,22 +615,21 @@ def unpack_example(example: dict, source: Source) -> tuple[list, np.ndarray, dic
     """
     steps, about = list(example["steps"]), example.get("episode_metadata", {})
     frames = {}
-    for view, camera in enumerate(source.cameras):
+    for view, camera in enumerate(source.cameras.split()):
         images = [step["observation"][camera] for step in steps]
         there = about.get(f"has_{camera}")
-        if there or there is None and (not view or decode_frame(images[0], None, "").max() > 15):
+        if there is None and view:
+            there = decode_frame(images[0], None, camera).max() > 15
+        if there is None or there:
             frames[view] = images
     if 0 not in frames:
-        raise InputError(f"the main camera {source.cameras[0]} is missing")
-    texts = [
-        part.get(f"{kind}language_instruction")
-        for part in (steps[0]["observation"], steps[0])
-        for kind in ("natural_", "")
-    ]
+        raise InputError(f"the main camera of {source.cameras!r} is missing")
+    said = {**steps[0], **steps[0]["observation"]}
+    text = said.get("natural_language_instruction") or said.get("language_instruction") or b""
     success = {**about, "reward": steps[-1].get("reward")}.get(source.success)
     metadata = {
         "views": [*frames],
-        "language": next(filter(None, texts), b"").decode(errors="replace"),
+        "language": text.decode(errors="replace"),
         "success": None if success is None else bool(success > 0.5),
         "file": about.get("file_path", b"").decode(errors="replace"),
     }
@@ -667,20 +651,27 @@ def read_shard(path: Path, source: Source, schema: tuple[Any, Any], check: bool)
                 yield InputError(f"does not match features.json ({error!r})")
 
 
+_NUMPY_HEADERS = threading.Lock()  # Python 3.11 cannot parse literals in two threads at once
+
+
 def read_own(path: Path) -> Iterator[Any]:
     """Yield the one episode of an .npz file, or of a folder of images with actions.npy."""
     try:
         if path.is_file():
-            with np.load(path) as file:
+            with _NUMPY_HEADERS, np.load(path) as file:
                 metadata = {name: file[name] for name in file.files}
             frames, actions = metadata.pop("frames"), metadata.pop("actions")
             metadata = {name: value.item() for name, value in metadata.items()}
         else:
             cameras = sorted(p for p in path.iterdir() if p.is_dir()) or [path]
             names = [sorted(p for p in c.iterdir() if p.suffix in PICTURES) for c in cameras]
-            frames = [[name.read_bytes() for name in view] for view in names]
-            actions, about = np.load(path / "actions.npy"), path / "metadata.json"
+            frames, about = (
+                [[p.read_bytes() for p in view] for view in names],
+                path / "metadata.json",
+            )
             metadata = json.loads(about.read_bytes()) if about.exists() else {}
+            with _NUMPY_HEADERS:
+                actions = np.load(path / "actions.npy")
         known = ("language", "success", "fps")
         yield frames, actions, {name: metadata[name] for name in known if name in metadata}
     except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
@@ -1115,8 +1106,6 @@ def generate_toy(output_dir: str | Path, config: ToyConfig | None = None) -> Pat
 # ------------------------------------------------------------------------------------------------
 # Converting: shards come from a folder or over HTTPS and become episode files.
 
-TARGETS = {"train": "train", "val": "test", "validation": "test", "test": "test"}
-PICTURES = (".jpg", ".jpeg", ".png")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -1263,6 +1252,9 @@ def open_source(args: Args, folder: Path) -> tuple[Source, Path, str, list[Shard
     if args.dataset_name in ("", ".", "..") or folder.name != args.dataset_name or not where:
         raise InputError(f"dataset_name: take one of {names}, or give your own data as --source")
     if url:
+        print(
+            f"{args.dataset_name}: {public.gigabytes or '?'} GB in all at {url}" if public else url
+        )
         base = folder / "download"
         base.mkdir(parents=True, exist_ok=True)
         for name in ("features.json", "dataset_info.json"):
@@ -1274,7 +1266,7 @@ def open_source(args: Args, folder: Path) -> tuple[Source, Path, str, list[Shard
         if len(found) > 1:
             raise InputError(f"{where}: {len(found)} data sets ({found[0]}, ...); name one of them")
         if not found:
-            own = Source("", None, (), "raw", 5.0)
+            own = Source("", None, "", "raw", 5.0)
             return own, Path(where), "", list_own(Path(where), folder), 0, read_own
         base = found[0].parent
     if not public:
@@ -1507,7 +1499,9 @@ def write_latent_cache(
         folder = Path(config.dataset_dir) / name.strip()
         target, entries, complete = _cache(config, folder, split, latents)
         paths = [target / f"{number:09d}.safetensors" for number, _ in entries]
-        for path in tqdm(paths[shard[0] :: shard[1]], f"cache {name} {split}", disable=None):
+        for path in tqdm(
+            paths[shard[0] :: shard[1]], f"cache {name} {split}", disable=shard[0] > 0 or None
+        ):
             if not path.exists():
                 episode, z = Episode(folder / split / path.name), []
                 for view, t in itertools.product(config.views, range(0, len(episode), 32)):
@@ -1685,6 +1679,8 @@ def inspect(folder: Path) -> None:
     """Print what a converted data set holds; write contact_sheet.png and episodes.gif into it."""
     header, records, splits = read_index(folder)
     sheet, movie, picture = [], [], io.BytesIO()
+    if not splits:
+        raise InputError(f"{folder}: holds no episode; run the conversion to its end")
     print(f"{folder}: {json.dumps(header)}")
     for split, entries in sorted(splits.items()):
         paths = [folder / split / f"{entry['number']:09d}.safetensors" for entry in entries]

@@ -618,7 +618,7 @@ def test_cameras_are_there_by_their_flags_or_unless_black(tmp_path):
         assert [episode.jpeg_bytes(t, views[-1]) for t in range(3)] == images
     blind = bridge_example(3, has_image_0=np.bool_(False))
     source = write_rlds(tmp_path / "c", {"train": [[blind]]})
-    with pytest.raises(data.InputError, match="main camera image_0 is missing"):
+    with pytest.raises(data.InputError, match="main camera of .image_0. is missing"):
         convert(source, tmp_path / "c_out")
 
 
