@@ -1,10 +1,9 @@
 """Turn frames into latents and back with frozen public networks, or without any.
 
     frames (B, T, H, W, 3) --resize, normalise--> network --standardise--> z (B, T', h, w, C)
-    z --un-standardise--> decoder --clamp--> frames
 
-A frozen network is a file of tensors and a forward pass that asks for them by their public names.
-So no layer is declared here, every size is the file's, and one dry run on loading finds what is
+A frozen network is a file of tensors and a forward pass that asks for them by their public names:
+no layer is declared here, every size is the file's, and one dry run on loading finds what is
 missing, left over or misshapen. (transformers renames these modules in memory from release to
 release: a load through it is neither strict nor able to name the file's tensors.)
 
@@ -20,18 +19,16 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from data import InputError, MissingFileError, load_torch, parse_args, run_cli, strip_prefixes
-from data import to_uint8, write_atomic
+import data
+from data import InputError, MissingFileError
 
 TABLE = """\
 name             latent     params   adapter weights
@@ -45,7 +42,7 @@ scale_rae_webssl 16x16x1024 304+415M yes     facebook/webssl-dino300m-full2b-224
 vjepa2           16x16x1024 305M     yes     https://dl.fbaipublicfiles.com/vjepa2
 qwen             16x16x1280 669M     yes     Qwen/Qwen2.5-VL-3B-Instruct
 """  # latent of a 256x256 frame; encoder + decoder; adapter: so wide that the paper compresses it
-RELEASES = {row.split()[0]: row.split() for row in TABLE.splitlines()[1:]}
+RELEASES = {row.split()[0]: row.split()[-1] for row in TABLE.splitlines()[1:]}
 DECODERS = {
     "rae": "nyu-visionx/RAE-collections/decoders/dinov2/wReg_base/ViTXL_n08",
     "scale_rae_siglip": "nyu-visionx/siglip2_decoder",
@@ -54,6 +51,20 @@ DECODERS = {
 STATISTICS = {
     "rae": "nyu-visionx/RAE-collections/stats/dinov2/wReg_base/imagenet1k",
     "vavae": "hustvl/vavae-imagenet256-f16d32-dinov2",
+}
+HOMES = {name: f"weights/{kind}/decoder" for kind, name in DECODERS.items()}
+HOMES |= {name: f"weights/{kind}" for kind, name in (*STATISTICS.items(), *RELEASES.items())}
+FILES = {  # that are looked for, and in a folder here also the one that fits a pattern
+    "vae": ("diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
+    "vavae": ("vavae-imagenet256-f16d32-dinov2.pt", "vavae*.pt"),
+    "cosmos": ("encoder.jit",),
+    "vjepa2": ("vjepa2_1_vitl_dist_vitG_384.pt", "vjepa*.pt"),
+}
+HUGGING_FACE = {  # beginnings of the names that are read, and what is cut off them
+    "rae": (("",), ()),
+    "scale_rae_webssl": (("",), ()),
+    "scale_rae_siglip": (("vision_model.", "embeddings.", "encoder."), ("vision_model.",)),
+    "qwen": (("visual.", "model.visual."), ("visual.", "model.visual.")),
 }
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of a network's input
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -84,11 +95,10 @@ class EncoderConfig:
             raise ValueError("patch_size and image_size must be positive")
         owners = {"decoder_weights": DECODERS, "standardize": STATISTICS, "sd3_shift": ["vae"]}
         owners |= {"qwen_mode": ["qwen"], "patch_size": ["pixels"], "weights": [*RELEASES][1:]}
-        owners["final_norm"] = ["scale_rae_siglip"]
-        for field in dataclasses.fields(self):
-            types = owners.get(field.name, RELEASES)
-            if getattr(self, field.name) != field.default and self.encoder_type not in types:
-                raise ValueError(f"{field.name} is an option of {', '.join(types)} only")
+        for name, types in (owners | {"final_norm": ["scale_rae_siglip"]}).items():
+            default = self.__dataclass_fields__[name].default
+            if getattr(self, name) != default and self.encoder_type not in types:
+                raise ValueError(f"{name} is an option of {', '.join(types)} only")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -113,11 +123,13 @@ def fetch(name: str, file: str, cached: bool) -> Path:
 def find(name: str, *files: str, download: bool = True) -> Path:
     """Return the first of `files` in what the user named: here, in a cache, or downloaded.
 
-    name   file (then it is the answer), folder, hub id (org/name/folder), https folder
+    name   file (then it is the answer), folder, hub id (org/name/folder), https folder; for a
+           release first the folder below weights/ that stands for it
     files  names; in a folder here also patterns that must fit one file
     Raises MissingFileError saying what to fetch, from where, and where to put it.
     """
-    path, reason = Path(name).expanduser(), ""
+    home, reason = HOMES.get(name, "a folder"), ""
+    path = Path(home if name in HOMES and Path(home).is_dir() else name).expanduser()
     if path.is_file():
         return path
     for file in files if path.is_dir() else ():
@@ -125,23 +137,21 @@ def find(name: str, *files: str, download: bool = True) -> Path:
             return found[0]
     remote = r"https://.+|(?!.*\.(pt|jit|safetensors)$)\w[\w.-]*(/[\w.-]+)+"
     if path.is_dir() or not re.fullmatch(remote, name):
-        raise MissingFileError(f"{name}: no such file, or a folder without {files[0]}; check it")
+        raise MissingFileError(f"{path}: no such file, or a folder without {files[0]}; check it")
     for cached in (True, False)[: 1 + download]:
         for file in (file for file in files if "*" not in file):
             try:
                 return fetch(name, file, cached)
             except (OSError, ValueError) as error:
                 reason = type(error).__name__
+            if reason == "LocalEntryNotFoundError" and not cached:
+                break  # no connection
+    page = name if name.startswith("https://") else f"https://huggingface.co/{name}"
     raise MissingFileError(
-        f"{files[0]} of {name} ({'address' if '://' in name else 'huggingface.co'}): not on this "
-        f"machine and not downloadable ({reason}); fetch it, and any config.json beside it, where "
-        "you can, and put them in weights/<encoder_type>/ here or in a folder that you name"
+        f"{page}: {files[0]} is not on this machine and not downloadable ({reason}); fetch it and "
+        "any config.json beside it from there where you can (a licence may have to be accepted), "
+        f"and put them in {home} of the folder you work in, or name their folder"
     )
-
-
-def released(kind: str, table: dict[str, str], part: str = "") -> str:
-    """Return where a release is: in the folder weights/<encoder_type>/<part> if it exists."""
-    return str(folder) if (folder := Path("weights", kind, part)).is_dir() else table[kind]
 
 
 def beside(path: Path, name: str, file: str) -> Path:
@@ -150,16 +160,11 @@ def beside(path: Path, name: str, file: str) -> Path:
     return find(str(path.parent) if here else name, file)
 
 
-def read_config(path: Path, name: str) -> dict:
-    """Read the config.json beside a file that was found in `name`; {} if a local one is absent."""
-    local = Path(name).expanduser().exists()
-    if local and not (path.parent / "config.json").is_file():
-        return {}
-    return read_json(beside(path, name, "config.json"))
-
-
-def read_json(path: Path) -> dict:
+def read_json(path: Path, required: bool = True) -> dict:
+    """Read a JSON object; {} where none is required and there is none."""
     try:
+        if not required and not path.is_file():
+            return {}
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError, RecursionError, OSError) as error:
         raise InputError(f"{path}: no readable JSON object ({error}); fetch it again") from error
@@ -172,59 +177,59 @@ def read_tensors(path: Path, prefixes=("",), containers=(), strip=()) -> dict[st
     containers  entries of a .pt that may hold the tensors, first come; else its top level does
     """
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                state = {k: file.get_tensor(k) for k in file.keys() if k.startswith(prefixes)}
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: truncated or no safetensors ({error}); refetch") from error
+        with data.open_tensors(path) as (file, _):
+            state = {
+                name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)
+            }
     else:
-        state = load_torch(path)
+        state = data.load_torch(path)
         for name in containers:
             state = state[name] if isinstance(state, dict) and name in state else state
-        state = {f"{k}": v for k, v in dict(state).items() if f"{k}".startswith(prefixes)}
+        state = state if isinstance(state, dict) else {"its content": state}
+        state = {f"{k}": v for k, v in state.items() if f"{k}".startswith(prefixes)}
     for name, value in state.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             wanted = " or ".join(containers) or "tensors only"
             raise InputError(f"{path}: '{name}' is no float tensor; name a file with {wanted}")
-    return strip_prefixes(state, strip)
+    return data.strip_prefixes(state, strip)
 
 
-def read_hugging_face(name: str, prefixes: tuple, strip: tuple) -> tuple[Path, dict, dict]:
+def read_hugging_face(name: str, prefixes=("",), strip=()) -> tuple[Path, dict, dict]:
     """Read (path, tensors, config) of a transformers folder or hub id, from the shards needed."""
     path = find(name, "model.safetensors.index.json", "model.safetensors")
-    state, shards = {}, [path]
+    state, shards = {}, [path.name]
     if path.suffix == ".json":
         table = read_json(path).get("weight_map")
         if not isinstance(table, dict):
             raise InputError(f"{path}: has no weight_map; fetch it again")
-        files = {str(file) for key, file in table.items() if key.startswith(prefixes)}
-        shards = [beside(path, name, file) for file in sorted(files)]
+        shards = sorted({str(table[key]) for key in table if key.startswith(prefixes)})
     for shard in shards:
-        state |= read_tensors(shard, prefixes, strip=strip)
+        state |= read_tensors(beside(path, name, shard), prefixes, strip=strip)
     return path, state, read_json(beside(path, name, "config.json"))
 
 
-def read_stats(path: Path, latent_dim: int) -> list[Tensor]:
-    """Read latent statistics [mean, std], each (h, w, C) or (1, 1, C).
+def read_stats(path: Path, latent_dim: int) -> Tensor:
+    """Read latent statistics as (2, h, w, C) or (2, 1, 1, C): mean, std.
 
     z' = (z - mean) / std,   std = sqrt(var + 1e-5) where the file holds a variance
 
-    The file holds 'std' or 'var', and 'mean' (None or absent: zero), of shape (C,), (C, h, w) or
-    (1, C, h, w).
+    The file holds 'std' or 'var', and 'mean' (None or absent: zero): (C,), (C, h, w), (1, C, h, w).
     """
-    values, out = load_torch(path), []
+    values = data.load_torch(path)
     try:
-        std = values["var"].add(1e-5).sqrt() if values.get("std") is None else values["std"]
-        mean = std * 0 if values.get("mean") is None else values["mean"]
-        for value in (mean, std):
-            cells = value.shape[-2:] if value.ndim > 1 else (1, 1)
-            out.append(value.float().reshape(latent_dim, *cells).movedim(0, -1).contiguous())
-        if not (out[0].isfinite().all() and out[1].isfinite().all() and (out[1] > 0).all()):
+        std = values["std"] if values.get("std") is not None else (values["var"] + 1e-5).sqrt()
+        mean = values["mean"] if values.get("mean") is not None else torch.zeros_like(std)
+        pair = [
+            v.float().reshape(latent_dim, *(v.shape[-2:] if v.ndim > 2 else (1, 1)))
+            for v in (mean, std)
+        ]
+        stats = torch.stack(torch.broadcast_tensors(*pair))
+        if not stats.isfinite().all() or not (stats[1] > 0).all():
             raise ValueError("not all finite and positive")
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        what = f"no 'mean' and 'std' or 'var' of {latent_dim} latent channels"
+        what = f"no 'std' or 'var', and 'mean', of {latent_dim} latent channels"
         raise InputError(f"{path}: {what} ({error!r}); name a file that holds them") from error
-    return out
+    return stats.movedim(1, -1).contiguous()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -298,21 +303,18 @@ class Network(nn.Module):
         return F.linear(x, weight, self.tensor(f"{name}.bias", len(weight)))
 
     def conv(self, x: Tensor, name: str, bias: bool = True, **options) -> Tensor:
+        """Apply a convolution; stride=0: by patches, as far as the kernel is wide."""
         weight = self.tensor(f"{name}.weight")
         bias = self.tensor(f"{name}.bias", len(weight)) if bias else None
+        options["stride"] = options.get("stride", 1) or weight.shape[2:]
         return (F.conv2d if x.ndim == 4 else F.conv3d)(x, weight, bias, **options)
-
-    def patches(self, x: Tensor, name: str, bias: bool = True) -> Tensor:
-        """Embed patches: (N, 3, [T,] H, W) -> (N, [t,] h, w, D)."""
-        kernel = self.tensor(f"{name}.weight").shape[2:]
-        return self.conv(x, name, bias, stride=kernel).movedim(1, -1)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         weight, bias = self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias")
         return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
 
     @torch.no_grad()
-    def check(self, run: Callable, *shape: int) -> None:
+    def check(self, run, *shape: int) -> None:
         """Run without numbers: every tensor is there, they fit together, and none is left over."""
         buffers, self._buffers = self._buffers, {k: v.to("meta") for k, v in self._buffers.items()}
         try:
@@ -430,11 +432,13 @@ class DINO(Transformer):
             self.fc1, self.fc2, self.act = ("mlp.weights_in",), "mlp.weights_out", None
         self.places = self.tensor(self.table).numel() // self.dim - bool(self.cls)
         self.h = self.side(self.table, self.places)
+        if not self.has(self.registers):  # RAE's encoder was made for 518 and is used at 224
+            self.size = self.h * self.unit
         self.check(self.encode, 1, 3, 2 * self.unit, 2 * self.unit)
 
     def encode(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to tokens (N, h, w, D)."""
-        x = self.patches(x, self.patch)
+        x = self.conv(x, self.patch, stride=0).movedim(1, -1)
         N, h, w, D = x.shape
         table = self.tensor(self.table).view(1, -1, D)
         grid = table[:, -self.places :].unflatten(1, (self.h, self.h))
@@ -462,7 +466,7 @@ class SigLIP(DINO):
     blocks, norm1, norm2 = "encoder.layers.", "layer_norm1", "layer_norm2"
     qkv, proj = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj"
     scales, act = (), staticmethod(functools.partial(F.gelu, approximate="tanh"))
-    unused = ("head.",)
+    unused = ("head.", "post_layernorm.")
 
 
 class VJEPA(Transformer):
@@ -474,8 +478,8 @@ class VJEPA(Transformer):
     size, mean_std, clamp = 256, IMAGENET, True
     unused = ("norms_block.0.", "norms_block.1.", "norms_block.2.")  # of intermediate outputs
 
-    def __init__(self, where: Path, state: dict):
-        super().__init__(where, state, {})
+    def __init__(self, where: Path, state: dict, config: dict):
+        super().__init__(where, state, config)
         shape = self.tensor("patch_embed.proj.weight", *[None] * 5).shape
         self.dim, _, frames, _, self.unit = shape
         self.heads = self.dim // self.number("head_dim", 64, self.dim)
@@ -486,7 +490,8 @@ class VJEPA(Transformer):
     def forward(self, x: Tensor) -> Tensor:
         """Map one frame (N, 3, 1, H, W) or a video (N, 3, T, H, W) to tokens (N, t, h, w, D)."""
         image = x.shape[2] == 1
-        x = self.patches(x, "patch_embed_img.proj" if image else "patch_embed.proj")
+        patch = "patch_embed_img.proj" if image else "patch_embed.proj"
+        x = self.conv(x, patch, stride=0).movedim(1, -1)
         t, h, w = grid = x.shape[1:4]
         time, row, column = (torch.arange(size, device=x.device).float() for size in grid)
         row, column = row * 15 / (h - 1), column * 15 / (w - 1)  # span the 16 x 16 grid it knows
@@ -531,7 +536,7 @@ class QwenTower(Transformer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map pairs (N, 3, 2, H, W) to tokens (N, h, w, D)."""
-        x = self.patches(x, "patch_embed.proj", bias=False).squeeze(1)
+        x = self.conv(x, "patch_embed.proj", bias=False, stride=0).squeeze(2).movedim(1, -1)
         h, w, D = x.shape[1:]
         row, column = (torch.arange(size, device=x.device) for size in (h, w))
         pairs = D // self.heads // 4
@@ -607,9 +612,12 @@ class KLAutoencoder(Network):
         weight, bias = self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias")
         return F.group_norm(x, self.groups, weight, bias, self.eps)
 
+    def layer(self, x: Tensor, norm: str, conv: str) -> Tensor:
+        return self.conv(F.silu(self.group_norm(x, norm)), conv, padding=1)
+
     def resnet(self, x: Tensor, name: str) -> Tensor:
-        y = self.conv(F.silu(self.group_norm(x, f"{name}.norm1")), f"{name}.conv1", padding=1)
-        y = self.conv(F.silu(self.group_norm(y, f"{name}.norm2")), f"{name}.conv2", padding=1)
+        y = self.layer(x, f"{name}.norm1", f"{name}.conv1")
+        y = self.layer(y, f"{name}.norm2", f"{name}.conv2")
         return y + (x if x.shape[1] == y.shape[1] else self.conv(x, f"{name}.nin_shortcut"))
 
     def attention(self, x: Tensor, name: str) -> Tensor:
@@ -630,10 +638,6 @@ class KLAutoencoder(Network):
         x = self.attention(self.resnet(x, f"{name}.block_1"), f"{name}.attn_1")
         return self.resnet(x, f"{name}.block_2")
 
-    def out(self, x: Tensor, name: str) -> Tensor:
-        x = F.silu(self.group_norm(x, f"{name}.norm_out"))
-        return self.conv(x, f"{name}.conv_out", padding=1)
-
     def encode(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to posterior means (N, h, w, C)."""
         x = self.conv(x, "encoder.conv_in", padding=1)
@@ -642,7 +646,7 @@ class KLAutoencoder(Network):
             if i < self.levels - 1:
                 x = F.pad(x, (0, 1, 0, 1))
                 x = self.conv(x, f"encoder.down.{i}.downsample.conv", stride=2)
-        x = self.out(self.middle(x, "encoder.mid"), "encoder")
+        x = self.layer(self.middle(x, "encoder.mid"), "encoder.norm_out", "encoder.conv_out")
         x = self.conv(x, "quant_conv") if self.has("quant_conv.weight") else x
         return x.chunk(2, dim=1)[0].movedim(1, -1)  # the other half: log variances
 
@@ -657,7 +661,7 @@ class KLAutoencoder(Network):
             if i < self.levels - 1:
                 x = F.interpolate(x, scale_factor=2.0, mode="nearest")
                 x = self.conv(x, f"{name}.upsample.conv", padding=1)
-        return self.out(x, "decoder")
+        return self.layer(x, "decoder.norm_out", "decoder.conv_out")
 
 
 class Patches(nn.Module):
@@ -721,42 +725,35 @@ def load_network(config: EncoderConfig) -> nn.Module:
     kind = config.encoder_type
     if kind == "pixels":
         return Patches(config.patch_size)
-    name = config.weights or released(kind, RELEASES)
+    name = config.weights or RELEASES[kind]
+    if kind in HUGGING_FACE:
+        path, state, values = read_hugging_face(name, *HUGGING_FACE[kind])
+        values = values.get("vision_config", values)
+        if kind == "qwen":
+            return QwenTower(path, state, values, config.qwen_mode == "video")
+        if kind == "scale_rae_siglip":
+            return SigLIP(path, state, values, "plain" if config.final_norm else "none")
+        return DINO(path, state, values, "plain" if kind == "rae" else "file")
+    path = find(name, *FILES[kind])
     if kind == "cosmos":
-        path = find(name, "encoder.jit")
         return Cosmos(path, beside(path, name, "decoder.jit"))
     if kind == "vjepa2":
-        path = find(name, "vjepa2_1_vitl_dist_vitG_384.pt", "vjepa*.pt")
         containers, strip = ("ema_encoder", "target_encoder"), ("module.", "backbone.")
-        return VJEPA(path, read_tensors(path, containers=containers, strip=strip))
-    if kind == "vae":
-        file = "diffusion_pytorch_model.safetensors"
-        path = find(name, file, f"*/{file}")
-        return KLAutoencoder(path, read_tensors(path), read_config(path, name))
-    if kind == "vavae":
-        path = find(name, "vavae-imagenet256-f16d32-dinov2.pt", "vavae*.pt")
-        keep = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-        state = read_tensors(path, keep, containers=("state_dict",))
-        return KLAutoencoder(path, state, read_config(path, str(path)))
-    if kind == "qwen":
-        prefixes = ("visual.", "model.visual.")
-        path, state, values = read_hugging_face(name, prefixes, prefixes)
-        values = values.get("vision_config", values)
-        return QwenTower(path, state, values, config.qwen_mode == "video")
-    if kind == "scale_rae_siglip":
-        prefixes = ("vision_model.", "embeddings.", "encoder.", "post_layernorm.", "head.")
-        path, state, values = read_hugging_face(name, prefixes, prefixes[:1])
-        last = "plain" if config.final_norm else "none"
-        return SigLIP(path, state, values.get("vision_config", values), last)
-    return DINO(*read_hugging_face(name, ("",), ()), "plain" if kind == "rae" else "file")
+        return VJEPA(path, read_tensors(path, containers=containers, strip=strip), {})
+    here = kind == "vavae" or Path(name).expanduser().exists()  # no config.json: as released
+    values = path.parent / "config.json" if here else beside(path, name, "config.json")
+    keep = ("",) if kind == "vae" else ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    return KLAutoencoder(
+        path, read_tensors(path, keep, ("state_dict",)), read_json(values, not here)
+    )
 
 
 def load_decoder(config: EncoderConfig, latent_dim: int) -> ViTDecoder:
-    """Find, read and build the decoder of RAE or Scale-RAE; without config.json, as released."""
-    name = config.decoder_weights or released(config.encoder_type, DECODERS, "decoder")
+    """Find, read and build the decoder of RAE or Scale-RAE; without a config.json as released."""
+    name = config.decoder_weights or DECODERS[config.encoder_type]
     path = find(name, "model.pt", "*dec*.pt")
     state = read_tensors(path, strip=("module.", "_orig_mod."))
-    decoder = ViTDecoder(path, state, read_config(path, str(path)))
+    decoder = ViTDecoder(path, state, read_json(path.parent / "config.json", required=False))
     if decoder.in_dim != latent_dim:
         raise decoder.fault(f"it decodes {decoder.in_dim} channels, not {latent_dim}")
     return decoder
@@ -781,7 +778,7 @@ class BaseAutoencoder(nn.Module):
         self.config, self.network, self.decoder = config, load_network(config), None
         self.image_size = config.image_size or self.network.size
         self.latent_dim, self.temporal_stride = self.network.dim, self.network.frames
-        width = int(RELEASES[config.encoder_type][1].split("x")[-1])
+        width = int(TABLE.split(f"\n{config.encoder_type} ")[1].split()[0].split("x")[-1])
         self.has_decoder = hasattr(self.network, "decode") or bool(config.decoder_weights)
         self.has_decoder |= config.encoder_type in DECODERS and self.latent_dim == width
         if config.decoder_weights:  # that of a release is only fetched when it is needed
@@ -793,7 +790,9 @@ class BaseAutoencoder(nn.Module):
             scale = self.network.number("scaling_factor", 1.5305)
             constants["stats"] = torch.tensor([shift, 1 / scale]).view(2, 1, 1, 1)
         if config.latent_stats or config.standardize:
-            name = config.latent_stats or released(config.encoder_type, STATISTICS, "stats")
+            name = config.latent_stats or config.weights or ""
+            if not config.latent_stats and not (Path(name) / "latents_stats.pt").is_file():
+                name = STATISTICS[config.encoder_type]
             path = find(name, "latents_stats.pt", "stat.pt")
             constants["stats"] = read_stats(path, self.latent_dim)
         for name, value in constants.items():
@@ -910,12 +909,20 @@ class Args(EncoderConfig):
 
 
 def main() -> None:
-    args = parse_args(Args)
+    args = data.parse_args(Args)
     if args.image is None:
-        for row in TABLE.splitlines():
+        head, *rows = TABLE.splitlines()
+        print(f"{head[:44]} decoder found {head[44:]}")
+        for row in rows:
             kind = row.split()[0]
-            decoder = "decoder" if kind == "name" else "yes" if "+" in row.split()[2] else "no"
-            print(f"{row[:44]}{decoder:8}{found_here(kind):6}{row[44:]}")
+            files = FILES.get(kind, ("model.safetensors.index.json", "model.safetensors"))
+            try:
+                found = kind == "pixels" or bool(find(RELEASES[kind], *files, download=False))
+            except MissingFileError:
+                found = False
+            print(
+                f"{row[:44]} {'yes' if '+' in row else 'no':7} {'yes' if found else 'no':5} {row[44:]}"
+            )
         return
     try:
         with Image.open(args.image) as image:
@@ -933,11 +940,11 @@ def main() -> None:
     pictures = [frames[0], *([encoder.decode(z)[0]] if encoder.has_decoder else []), rgb]
     sheet = Image.new("RGB", (256 * len(pictures), 256))
     for i, picture in enumerate(pictures):
-        tile = Image.fromarray(to_uint8(picture)).resize((256, 256), Image.Resampling.NEAREST)
+        tile = Image.fromarray(data.to_uint8(picture)).resize((256, 256), Image.Resampling.NEAREST)
         sheet.paste(tile, (256 * i, 0))
-    write_atomic(args.output, lambda path: sheet.save(path, "PNG"))
+    data.write_atomic(args.output, lambda path: sheet.save(path, "PNG"))
     print(f"{args.output}: input | {'reconstruction | ' * encoder.has_decoder}latents {h}x{w}x{C}")
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    data.run_cli(main)
