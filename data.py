@@ -18,6 +18,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import datetime
 import errno
@@ -226,6 +227,10 @@ def init_processes(device: str | None = None, timeout_minutes: float = 60) -> Pr
     names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in names)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cpu" and sys.platform == "linux":  # keep freed memory: page faults are slow
+        libc = ctypes.CDLL(None)
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            getattr(libc, "mallopt", lambda *_: None)(option, value)
     if where.type == "cuda":
         where = torch.device("cuda", local_rank if where.index is None else where.index)
         torch.cuda.set_device(where)
