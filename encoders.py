@@ -3,9 +3,9 @@
     frames (B, T, H, W, 3) --resize, normalise--> network --standardise--> z (B, T', h, w, C)
 
 A frozen network is a file of tensors and a forward pass that asks for them by their public names:
-no layer is declared here, every size is the file's, and one dry run on loading finds what is
-missing, left over or misshapen. (transformers renames these modules in memory from release to
-release: a load through it is neither strict nor able to name the file's tensors.)
+no layer is declared, every size is the file's, and one dry run on loading finds what is missing,
+left over or misshapen. (A load through transformers, which renames these modules in memory from
+release to release, is neither strict nor able to name the file's tensors.)
 
 Shapes: B batch, T frames, H W pixels, h w latent grid, C latent channels, D network width,
 N images of one call, n tokens of an image, d channels of a head, p pixels a side of a patch.
@@ -21,7 +21,6 @@ import math
 import re
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -54,18 +53,13 @@ STATISTICS = {
 }
 HOMES = {name: f"weights/{kind}/decoder" for kind, name in DECODERS.items()}
 HOMES |= {name: f"weights/{kind}" for kind, name in (*STATISTICS.items(), *RELEASES.items())}
-FILES = {  # that are looked for, and in a folder here also the one that fits a pattern
+FILES = {  # looked for in this order; in a folder here also the one that fits a pattern
     "vae": ("diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
     "vavae": ("vavae-imagenet256-f16d32-dinov2.pt", "vavae*.pt"),
     "cosmos": ("encoder.jit",),
     "vjepa2": ("vjepa2_1_vitl_dist_vitG_384.pt", "vjepa*.pt"),
 }
-HUGGING_FACE = {  # beginnings of the names that are read, and what is cut off them
-    "rae": (("",), ()),
-    "scale_rae_webssl": (("",), ()),
-    "scale_rae_siglip": (("vision_model.", "embeddings.", "encoder."), ("vision_model.",)),
-    "qwen": (("visual.", "model.visual."), ("visual.", "model.visual.")),
-}
+TRANSFORMERS = ("model.safetensors.index.json", "model.safetensors")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of a network's input
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -125,7 +119,6 @@ def find(name: str, *files: str, download: bool = True) -> Path:
 
     name   file (then it is the answer), folder, hub id (org/name/folder), https folder; for a
            release first the folder below weights/ that stands for it
-    files  names; in a folder here also patterns that must fit one file
     Raises MissingFileError saying what to fetch, from where, and where to put it.
     """
     home, reason = HOMES.get(name, "a folder"), ""
@@ -146,31 +139,31 @@ def find(name: str, *files: str, download: bool = True) -> Path:
                 reason = type(error).__name__
             if reason == "LocalEntryNotFoundError" and not cached:
                 break  # no connection
-    page = name if name.startswith("https://") else f"https://huggingface.co/{name}"
     raise MissingFileError(
-        f"{page}: {files[0]} is not on this machine and not downloadable ({reason}); fetch it and "
-        "any config.json beside it from there where you can (a licence may have to be accepted), "
-        f"and put them in {home} of the folder you work in, or name their folder"
+        f"{name if '://' in name else 'https://huggingface.co/' + name}: {files[0]} is not on this "
+        f"machine and not downloadable ({reason}); fetch it and any config.json beside it where you "
+        f"can (a licence may have to be accepted), put them in {home} here, or name their folder"
     )
 
 
-def beside(path: Path, name: str, file: str) -> Path:
+def beside(path: Path, name: str, file: str = "config.json") -> Path:
     """Return a companion of a file that was found in `name`."""
     here = Path(name).expanduser().exists() or (path.parent / file).is_file()
     return find(str(path.parent) if here else name, file)
 
 
-def read_json(path: Path, required: bool = True) -> dict:
-    """Read a JSON object; {} where none is required and there is none."""
+def read_json(path: Path, key: str = "", required: bool = True) -> dict:
+    """Read a JSON object, or the object under a key of it if it has that key."""
+    if not required and not path.is_file():
+        return {}
     try:
-        if not required and not path.is_file():
-            return {}
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError, RecursionError, OSError) as error:
+        values = json.loads(path.read_text())
+        return dict(values.get(key, values))
+    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise InputError(f"{path}: no readable JSON object ({error}); fetch it again") from error
 
 
-def read_tensors(path: Path, prefixes=("",), containers=(), strip=()) -> dict[str, Tensor]:
+def read_tensors(path: Path, prefixes=("",), strip=(), containers=()) -> dict[str, Tensor]:
     """Read float tensors by name from .safetensors, or from a .pt without running code.
 
     prefixes    keep names that begin with one of these; strip: then cut these off the front
@@ -178,15 +171,12 @@ def read_tensors(path: Path, prefixes=("",), containers=(), strip=()) -> dict[st
     """
     if path.suffix == ".safetensors":
         with data.open_tensors(path) as (file, _):
-            state = {
-                name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)
-            }
+            state = {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefixes)}
     else:
         state = data.load_torch(path)
-        for name in containers:
-            state = state[name] if isinstance(state, dict) and name in state else state
         state = state if isinstance(state, dict) else {"its content": state}
-        state = {f"{k}": v for k, v in state.items() if f"{k}".startswith(prefixes)}
+        state = next((state[name] for name in containers if name in state), state)
+        state = {f"{k}": v for k, v in dict(state).items() if f"{k}".startswith(prefixes)}
     for name, value in state.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             wanted = " or ".join(containers) or "tensors only"
@@ -194,18 +184,16 @@ def read_tensors(path: Path, prefixes=("",), containers=(), strip=()) -> dict[st
     return data.strip_prefixes(state, strip)
 
 
-def read_hugging_face(name: str, prefixes=("",), strip=()) -> tuple[Path, dict, dict]:
+def read_transformers(name: str, prefixes=("",), strip=()) -> tuple[Path, dict, dict]:
     """Read (path, tensors, config) of a transformers folder or hub id, from the shards needed."""
-    path = find(name, "model.safetensors.index.json", "model.safetensors")
+    path = find(name, *TRANSFORMERS)
     state, shards = {}, [path.name]
     if path.suffix == ".json":
-        table = read_json(path).get("weight_map")
-        if not isinstance(table, dict):
-            raise InputError(f"{path}: has no weight_map; fetch it again")
+        table = read_json(path, "weight_map")
         shards = sorted({str(table[key]) for key in table if key.startswith(prefixes)})
     for shard in shards:
-        state |= read_tensors(beside(path, name, shard), prefixes, strip=strip)
-    return path, state, read_json(beside(path, name, "config.json"))
+        state |= read_tensors(beside(path, name, shard), prefixes, strip)
+    return path, state, read_json(beside(path, name), "vision_config")
 
 
 def read_stats(path: Path, latent_dim: int) -> Tensor:
@@ -218,13 +206,11 @@ def read_stats(path: Path, latent_dim: int) -> Tensor:
     values = data.load_torch(path)
     try:
         std = values["std"] if values.get("std") is not None else (values["var"] + 1e-5).sqrt()
-        mean = values["mean"] if values.get("mean") is not None else torch.zeros_like(std)
-        pair = [
-            v.float().reshape(latent_dim, *(v.shape[-2:] if v.ndim > 2 else (1, 1)))
-            for v in (mean, std)
-        ]
+        pair = [torch.zeros(latent_dim) if values.get("mean") is None else values["mean"], std]
+        cells = [value.shape[-2:] if value.ndim > 2 else (1, 1) for value in pair]
+        pair = [v.float().reshape(latent_dim, *c) for v, c in zip(pair, cells, strict=True)]
         stats = torch.stack(torch.broadcast_tensors(*pair))
-        if not stats.isfinite().all() or not (stats[1] > 0).all():
+        if not (stats.isfinite().all() and (stats[1] > 0).all()):
             raise ValueError("not all finite and positive")
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         what = f"no 'std' or 'var', and 'mean', of {latent_dim} latent channels"
@@ -247,7 +233,7 @@ class Network(nn.Module):
     eps, rename = 1e-6, str  # rename: our name of a tensor to the file's
     size: int | None = None  # side of the frames it is made for; none: any
     mean_std, clamp = HALF, False  # of its input
-    frames, chunk = 1, 32  # that become one latent; that are encoded at once
+    frames, chunk, archives = 1, 32, ()  # frames a latent, frames a call, TorchScript files
 
     def __init__(self, where: Path, state: dict[str, Tensor], config: dict):
         super().__init__()
@@ -255,26 +241,27 @@ class Network(nn.Module):
         for name in sorted(state):  # "/": a buffer's name has no dots
             self.register_buffer(name.replace(".", "/"), state[name].to(torch.float32, copy=True))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.buffers()).dtype
-
     def fault(self, what: str) -> InputError:
         return InputError(f"{self.where}: {what}; name the file and config.json of this encoder")
 
     def has(self, name: str) -> bool:
         return self.rename(name).replace(".", "/") in self._buffers
 
-    def tensor(self, name: str, *shape: int | None) -> Tensor:
-        """Return a tensor, of a shape where it matters; None stands for any size."""
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        """Return a tensor; give its shape where broadcasting could hide that it is another."""
         self.asked.add(name := self.rename(name))
         value = self._buffers.get(name.replace(".", "/"))
         if value is None:
             raise self.fault(f"tensor {name} is missing")
-        want = tuple(size if size else got for size, got in zip(shape, value.shape, strict=False))
-        if shape and (want != value.shape or len(shape) != value.ndim or 0 in want):
+        if shape and value.shape != shape:
             raise self.fault(f"tensor {name} is {tuple(value.shape)}, expected {shape}")
         return value
+
+    def shape(self, name: str, ndim: int) -> tuple[int, ...]:
+        shape = tuple(self.tensor(name).shape)
+        if len(shape) != ndim or 0 in shape:
+            raise self.fault(f"tensor {name} is {shape}, expected {ndim} axes")
+        return shape
 
     def count(self, prefix: str, key: str = "") -> int:
         """Count layers: the config's `key`, else one more than the largest number after `prefix`."""
@@ -292,22 +279,17 @@ class Network(nn.Module):
             raise self.fault(f"{key} is {value!r}" + f", which does not divide {divides}" * good)
         return value
 
-    def side(self, name: str, places: int) -> int:
-        if places < 1 or math.isqrt(places) ** 2 != places:
-            raise self.fault(f"tensor {name} stands for {places} places, which are no square")
-        return math.isqrt(places)
-
     def linear(self, x: Tensor, name: str) -> Tensor:
         """Apply a linear layer; a 1x1 convolution holds the same numbers."""
         weight = self.tensor(f"{name}.weight").flatten(1)
-        return F.linear(x, weight, self.tensor(f"{name}.bias", len(weight)))
+        return F.linear(x.type_as(weight), weight, self.tensor(f"{name}.bias", len(weight)))
 
     def conv(self, x: Tensor, name: str, bias: bool = True, **options) -> Tensor:
         """Apply a convolution; stride=0: by patches, as far as the kernel is wide."""
         weight = self.tensor(f"{name}.weight")
         bias = self.tensor(f"{name}.bias", len(weight)) if bias else None
         options["stride"] = options.get("stride", 1) or weight.shape[2:]
-        return (F.conv2d if x.ndim == 4 else F.conv3d)(x, weight, bias, **options)
+        return (F.conv2d if x.ndim == 4 else F.conv3d)(x.type_as(weight), weight, bias, **options)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         weight, bias = self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias")
@@ -319,9 +301,10 @@ class Network(nn.Module):
         buffers, self._buffers = self._buffers, {k: v.to("meta") for k, v in self._buffers.items()}
         try:
             run(torch.empty(shape, device="meta"))
+        except InputError:
+            raise
         except (RuntimeError, ValueError, IndexError) as error:
-            clear = isinstance(error, InputError)
-            raise error if clear else self.fault(f"tensors do not fit ({error})") from error
+            raise self.fault(f"its tensors do not fit together ({error})") from error
         finally:
             self._buffers = buffers
         left = sorted({name.replace("/", ".") for name in buffers} - self.asked)
@@ -333,9 +316,7 @@ class Network(nn.Module):
 def rotate(x: Tensor, turn: Tensor, halves: bool) -> Tensor:
     """Turn pairs of channels by position, (a + ib) e^(i angle), in float32.    [Su et al. 2021]
 
-    x       (..., n, d)  queries or keys
-    turn    (n, d / 2)   complex e^(i angle)
-    halves               pair channel j with j + d / 2; else neighbours 2j, 2j + 1
+    x (..., n, d), turn (n, d / 2) complex; a pair is channels j, j + d / 2 (halves) or 2j, 2j + 1
     """
     pairs = x.float().unflatten(-1, (2, -1)).mT if halves else x.float().unflatten(-1, (-1, 2))
     turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
@@ -378,30 +359,26 @@ class Transformer(Network):
     blocks, norm1, norm2, qkv, proj = "blocks.", "norm1", "norm2", ("attn.qkv",), "attn.proj"
     fc1, fc2, scales, act, halves = ("mlp.fc1",), "mlp.fc2", (), staticmethod(F.gelu), False
 
-    def parts(self, x: Tensor, name: str, layers: tuple[str, ...], count: int) -> tuple:
+    def parts(self, x: Tensor, names: list[str], count: int) -> list[Tensor]:
         """Apply `count` layers, which the file may hold as one."""
-        out = [self.linear(x, name + layer) for layer in layers]
+        out = [self.linear(x, name) for name in names]
         return out if len(out) == count else out[0].chunk(count, dim=-1)
 
     def block(self, x: Tensor, i: int, turn: Tensor | None = None, mask: Tensor | None = None):
         """Map tokens (N, n, D) through block i."""
-        name, scales = f"{self.blocks}{i}.", ()
-        qkv = self.parts(self.norm(x, name + self.norm1), name, self.qkv, 3)
+        name = f"{self.blocks}{i}."
+        scales = [self.tensor(name + scale, x.shape[-1]) for scale in self.scales]
+        y = self.norm(x, name + self.norm1)
+        qkv = self.parts(y, [name + part for part in self.qkv], 3)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv)
         if turn is not None:
             q, k = rotate(q, turn, self.halves), rotate(k, turn, self.halves)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  #      (N, heads, n, d)
         y = self.linear(y.transpose(1, 2).flatten(2), name + self.proj)
-        if self.scales:
-            scales = [self.tensor(name + key, x.shape[-1]) for key in self.scales]
         x = torch.addcmul(x, y, scales[0]) if scales else x + y
         y = self.norm(x, name + self.norm2)
-        if self.act is None:
-            gate, up = self.parts(y, name, self.fc1, 2)
-            y = F.silu(gate) * up
-        else:
-            y = self.act(self.linear(y, name + self.fc1[0]))
-        y = self.linear(y, name + self.fc2)
+        y = self.parts(y, [name + part for part in self.fc1], 1 if self.act else 2)
+        y = self.linear(self.act(y[0]) if self.act else F.silu(y[0]) * y[1], name + self.fc2)
         return torch.addcmul(x, y, scales[1]) if scales else x + y
 
 
@@ -411,29 +388,25 @@ class DINO(Transformer):
     last  the norm at the end: the "file"'s, a "plain" one without weights in its place, or "none"
     """
 
-    size, mean_std = 224, IMAGENET
-
+    mean_std, unused = IMAGENET, ("embeddings.mask_token",)
     patch, table = "embeddings.patch_embeddings.projection", "embeddings.position_embeddings"
     cls, registers, end = "embeddings.cls_token", "embeddings.register_tokens", "layernorm"
     blocks, proj = "encoder.layer.", "attention.output.dense"
     qkv = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
     scales = ("layer_scale1.lambda1", "layer_scale2.lambda1")
-    unused = ("embeddings.mask_token",)
 
     def __init__(self, where: Path, state: dict, config: dict, last: str):
         super().__init__(where, state, config)
-        self.dim, _, _, self.unit = self.tensor(f"{self.patch}.weight", *[None] * 4).shape
+        self.dim, _, _, self.unit = self.shape(f"{self.patch}.weight", 4)
         self.heads = self.number("num_attention_heads", 12, self.dim)
         self.eps = self.number("layer_norm_eps", 1e-6)
         self.depth = self.count(self.blocks, "num_hidden_layers")
-        self.last = last
-        self.unused += () if last == "file" else (f"{self.end}.",)
         if self.has(f"{self.blocks}0.mlp.weights_in.weight"):
             self.fc1, self.fc2, self.act = ("mlp.weights_in",), "mlp.weights_out", None
         self.places = self.tensor(self.table).numel() // self.dim - bool(self.cls)
-        self.h = self.side(self.table, self.places)
-        if not self.has(self.registers):  # RAE's encoder was made for 518 and is used at 224
-            self.size = self.h * self.unit
+        self.h = math.isqrt(self.places)  # RAE uses its encoder, made for 518 pixels, at 224
+        self.size = 224 if self.has(self.registers) else self.h * self.unit
+        self.last, self.unused = last, (*self.unused, f"{self.end}." if last != "file" else "\n")
         self.check(self.encode, 1, 3, 2 * self.unit, 2 * self.unit)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -444,29 +417,25 @@ class DINO(Transformer):
         grid = table[:, -self.places :].unflatten(1, (self.h, self.h))
         registers = self.has(self.registers)  # upstream's classes with and without differ
         x = (x + resize_grid(grid, (h, w), "bicubic", antialias=registers)).flatten(1, 2)
-        if self.cls:
-            prefix = [self.tensor(self.cls) + table[:, :1]]
-            prefix += [self.tensor(self.registers)] if registers else []  # these have no position
-            x = torch.cat([*(token.expand(N, -1, -1) for token in prefix), x], dim=1)
+        prefix = [self.tensor(self.cls) + table[:, :1]] if self.cls else []
+        prefix += [self.tensor(self.registers)] if registers else []  # these have no position
+        x = torch.cat([*(token.expand(N, -1, -1) for token in prefix), x], dim=1)
         for i in range(self.depth):
             x = self.block(x, i)
         x = x[:, -h * w :].unflatten(1, (h, w))
-        if self.last == "plain":
-            return F.layer_norm(x, (D,), eps=1e-6)
-        return self.norm(x, self.end) if self.last == "file" else x
+        plain = F.layer_norm(x, (D,), eps=1e-6) if self.last == "plain" else x
+        return self.norm(x, self.end) if self.last == "file" else plain
 
 
 class SigLIP(DINO):
     """SigLIP's vision tower (Scale-RAE), to its last layer: as DINO, without CLS and scales."""
 
-    mean_std = HALF
-
+    mean_std, unused = HALF, ("head.",)
     patch, table = "embeddings.patch_embedding", "embeddings.position_embedding.weight"
     cls, registers, end = "", "", "post_layernorm"
     blocks, norm1, norm2 = "encoder.layers.", "layer_norm1", "layer_norm2"
     qkv, proj = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj"
     scales, act = (), staticmethod(functools.partial(F.gelu, approximate="tanh"))
-    unused = ("head.", "post_layernorm.")
 
 
 class VJEPA(Transformer):
@@ -480,23 +449,21 @@ class VJEPA(Transformer):
 
     def __init__(self, where: Path, state: dict, config: dict):
         super().__init__(where, state, config)
-        shape = self.tensor("patch_embed.proj.weight", *[None] * 5).shape
-        self.dim, _, frames, _, self.unit = shape
+        self.dim, _, frames, _, self.unit = self.shape("patch_embed.proj.weight", 5)
         self.heads = self.dim // self.number("head_dim", 64, self.dim)
-        self.depth = self.count(self.blocks)
-        side = 2 * self.unit
-        self.check(lambda x: (self(x), self(x[:, :, :1])), 1, 3, frames, side, side)
+        self.depth, side = self.count(self.blocks), 2 * self.unit
+        self.check(lambda x: (self(x), self.encode(x[:, :, 0])), 1, 3, frames, side, side)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map one frame (N, 3, 1, H, W) or a video (N, 3, T, H, W) to tokens (N, t, h, w, D)."""
-        image = x.shape[2] == 1
-        patch = "patch_embed_img.proj" if image else "patch_embed.proj"
+        patch, kind = "patch_embed.proj", "video_mod_embed"
+        if x.shape[2] == 1:
+            patch, kind = "patch_embed_img.proj", "img_mod_embed"
         x = self.conv(x, patch, stride=0).movedim(1, -1)
         t, h, w = grid = x.shape[1:4]
         time, row, column = (torch.arange(size, device=x.device).float() for size in grid)
         row, column = row * 15 / (h - 1), column * 15 / (w - 1)  # span the 16 x 16 grid it knows
         turn = turns(time, row, column, pairs=(64 // 3) // 2, total=32)
-        kind = "img_mod_embed" if image else "video_mod_embed"
         x = x.flatten(1, 3) + self.tensor(kind, 1, 1, self.dim)
         for i in range(self.depth):
             x = self.block(x, i, turn)
@@ -513,14 +480,12 @@ class QwenTower(Transformer):
     mask says as well as upstream's permutation does. Pairs never see each other.
     """
 
-    size, mean_std, clamp = 224, CLIP, True
+    size, mean_std, clamp, unused = 224, CLIP, True, ("merger.mlp.",)
     fc1, fc2, act, halves = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", None, True
-    unused = ("merger.mlp.",)
 
     def __init__(self, where: Path, state: dict, config: dict, video: bool):
         super().__init__(where, state, config)
-        shape = self.tensor("patch_embed.proj.weight", *[None] * 5).shape
-        self.dim, _, self.pair, _, p = shape
+        self.dim, _, self.pair, _, p = self.shape("patch_embed.proj.weight", 5)
         self.frames = self.pair if video else 1
         self.heads = self.number("num_heads", 16, self.dim // 4)
         self.depth = self.count(self.blocks, "depth")
@@ -529,28 +494,24 @@ class QwenTower(Transformer):
         self.full = config.get("fullatt_block_indexes", [7, 15, 23, 31])
         if self.window < 1 or not isinstance(self.full, list):
             raise self.fault("window_size or fullatt_block_indexes is none")
-        self.check(self.forward, 1, 3, self.pair, self.unit, self.unit)
+        self.check(self.encode, self.frames, 3, self.unit, self.unit)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.tensor(f"{name}.weight"), 1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map pairs (N, 3, 2, H, W) to tokens (N, h, w, D)."""
+    def encode(self, x: Tensor) -> Tensor:
+        """Map frames (N, 3, H, W) to tokens (N / frames, h, w, D); an image is paired to itself."""
+        x = x.unflatten(0, (-1, self.frames)).transpose(1, 2).expand(-1, -1, self.pair, -1, -1)
         x = self.conv(x, "patch_embed.proj", bias=False, stride=0).squeeze(2).movedim(1, -1)
         h, w, D = x.shape[1:]
         row, column = (torch.arange(size, device=x.device) for size in (h, w))
         pairs = D // self.heads // 4
         turn = turns(row.float(), column.float(), pairs=pairs, total=2 * pairs)
         window = (row[:, None] // self.window * w + column // self.window).flatten()
-        same = window[:, None] == window
-        x = x.flatten(1, 2)
+        same, x = window[:, None] == window, x.flatten(1, 2)
         for i in range(self.depth):
             x = self.block(x, i, turn, None if i in self.full else same)
         return self.norm(x, "merger.ln_q").unflatten(1, (h, w))
-
-    def encode(self, x: Tensor) -> Tensor:
-        pairs = x.unflatten(0, (-1, self.frames)).transpose(1, 2)  #        (N, 3, 1 or 2, H, W)
-        return self(pairs.expand(-1, -1, self.pair, -1, -1))  # an image is a pair of itself
 
 
 class ViTDecoder(Transformer):
@@ -561,19 +522,18 @@ class ViTDecoder(Transformer):
 
     def __init__(self, where: Path, state: dict, config: dict):
         super().__init__(where, state, config)
-        self.dim, self.in_dim = self.tensor("decoder_embed.weight", None, None).shape
+        self.dim, self.in_dim = self.shape("decoder_embed.weight", 2)
         self.heads = self.number("decoder_num_attention_heads", 16, self.dim)  # all released: 16
         self.depth = self.count(self.blocks, "decoder_num_hidden_layers")
         self.eps = self.number("layer_norm_eps", 1e-12)
-        self.places = self.tensor("decoder_pos_embed", 1, None, self.dim).shape[1]
-        self.h = self.side("decoder_pos_embed", self.places - 1)
-        self.patch = self.side("decoder_pred.bias", len(self.tensor("decoder_pred.bias")) // 3)
+        self.places = self.shape("decoder_pos_embed", 3)[1]
+        self.h = math.isqrt(self.places - 1)
+        self.patch = math.isqrt(self.shape("decoder_pred.bias", 1)[0] // 3)
         self.check(self.decode, 1, self.h, self.h, self.in_dim)
 
     def decode(self, z: Tensor) -> Tensor:
         """Map latents (N, h, w, C) to normalised images (N, 3, side p, side p)."""
-        x = self.linear(z, "decoder_embed")
-        x = resize_grid(x, (self.h, self.h), "bilinear").flatten(1, 2)
+        x = resize_grid(self.linear(z, "decoder_embed"), (self.h, self.h), "bilinear").flatten(1, 2)
         x = torch.cat([self.tensor("trainable_cls_token").expand(len(x), -1, -1), x], dim=1)
         x = x + self.tensor("decoder_pos_embed", 1, self.places, self.dim)
         for i in range(self.depth):
@@ -598,7 +558,7 @@ class KLAutoencoder(Network):
         super().__init__(where, state, config)
         self.diffusers = any(name.startswith("encoder.down_blocks.") for name in state)
         self.groups = self.number("norm_num_groups", 32)  # the dry run finds what does not divide
-        self.dim = self.tensor("decoder.conv_in.weight", *[None] * 4).shape[1]
+        self.dim = self.shape("decoder.conv_in.weight", 4)[1]
         self.levels = self.count("encoder.down.")
         self.unit = side = 2 ** (self.levels - 1)
         self.check(lambda x: self.decode(self.encode(x)), 1, 3, 2 * side, 2 * side)
@@ -664,50 +624,50 @@ class KLAutoencoder(Network):
         return self.layer(x, "decoder.norm_out", "decoder.conv_out")
 
 
-class Patches(nn.Module):
+class Patches(Network):
     """No network: z is the p x p x 3 values of a patch, undone exactly.
 
     A cosine transform, also orthonormal, would only rotate these channels: Gaussian noise, squared
     error and the world model's first and last layers cannot tell, so the plainest basis is kept.
     """
 
-    size, mean_std, clamp, frames, chunk, dtype = None, HALF, False, 1, 4096, torch.float32
+    chunk = 4096
 
     def __init__(self, p: int):
-        super().__init__()
+        super().__init__(Path(), {}, {})
         self.dim, self.unit = 3 * p * p, p
 
     def encode(self, x: Tensor) -> Tensor:
-        p = self.unit
-        x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  #                (N, 3, h, p, w, p)
-        return x.permute(0, 2, 4, 3, 5, 1).flatten(3)  #                    (N, h, w, p p 3)
+        x = x.unflatten(3, (-1, self.unit)).unflatten(2, (-1, self.unit))  # (N, 3, h, p, w, p)
+        return x.permute(0, 2, 4, 3, 5, 1).flatten(3)  #                     (N, h, w, p p 3)
 
     def decode(self, z: Tensor) -> Tensor:
         return unpatchify(z, self.unit)
 
 
-class Cosmos(nn.Module):
+class Cosmos(Network):
     """NVIDIA's TorchScript archives. They run code, and a trace bakes its dtype in: never cast."""
 
-    size, mean_std, clamp, frames, chunk, dtype = None, HALF, False, 1, 8, torch.float32
+    chunk = 8
 
     def __init__(self, encoder: Path, decoder: Path):
-        super().__init__()
-        self.paths, self.jits = (encoder, decoder), {}
+        super().__init__(encoder, {}, {})
+        self.archives, self.jits = (encoder, decoder), {}
         _, h, _, self.dim = self.encode(torch.zeros(1, 3, 64, 64)).shape
         self.unit = 64 // h
 
     def run(self, which: int, x: Tensor) -> Tensor:
         """Run encoder (0) or decoder (1), loaded for x's device: constants of a trace stay put."""
-        path, key = self.paths[which], (which, x.device)
         try:
-            if key not in self.jits:
-                self.jits[key] = torch.jit.load(str(path), map_location=x.device).eval()
-            values = self.jits[key].state_dict().values()
-            out = self.jits[key](x.to(next((value.dtype for value in values), torch.float32)))
+            if (which, x.device) not in self.jits:
+                jit = torch.jit.load(str(self.archives[which]), map_location=x.device).eval()
+                self.jits[which, x.device] = jit
+            jit = self.jits[which, x.device]
+            dtype = next((value.dtype for value in jit.state_dict().values()), torch.float32)
+            out = jit(x.to(dtype))
         except (RuntimeError, ValueError) as error:
-            raise InputError(f"{path}: does not run as TorchScript ({error}); refetch") from error
-        return (out[0] if isinstance(out, tuple) else out).float()
+            raise self.fault(f"does not run as TorchScript ({error})") from error
+        return out[0] if isinstance(out, tuple) else out
 
     def encode(self, x: Tensor) -> Tensor:
         return self.run(0, x).movedim(1, -1)
@@ -720,40 +680,37 @@ class Cosmos(nn.Module):
 # Encoders
 
 
-def load_network(config: EncoderConfig) -> nn.Module:
+def load_network(config: EncoderConfig) -> Network:
     """Find, read and build the network that encodes."""
-    kind = config.encoder_type
+    kind, name = config.encoder_type, config.weights or RELEASES[config.encoder_type]
     if kind == "pixels":
         return Patches(config.patch_size)
-    name = config.weights or RELEASES[kind]
-    if kind in HUGGING_FACE:
-        path, state, values = read_hugging_face(name, *HUGGING_FACE[kind])
-        values = values.get("vision_config", values)
-        if kind == "qwen":
-            return QwenTower(path, state, values, config.qwen_mode == "video")
-        if kind == "scale_rae_siglip":
-            return SigLIP(path, state, values, "plain" if config.final_norm else "none")
-        return DINO(path, state, values, "plain" if kind == "rae" else "file")
+    if kind == "qwen":
+        names = ("visual.", "model.visual.")
+        return QwenTower(*read_transformers(name, names, names), config.qwen_mode == "video")
+    if kind == "scale_rae_siglip":
+        names = ("vision_model.", "embeddings.", "encoder.")
+        file = read_transformers(name, names, names[:1])
+        return SigLIP(*file, "plain" if config.final_norm else "none")
+    if kind in ("rae", "scale_rae_webssl"):
+        return DINO(*read_transformers(name), "plain" if kind == "rae" else "file")
     path = find(name, *FILES[kind])
     if kind == "cosmos":
         return Cosmos(path, beside(path, name, "decoder.jit"))
     if kind == "vjepa2":
         containers, strip = ("ema_encoder", "target_encoder"), ("module.", "backbone.")
-        return VJEPA(path, read_tensors(path, containers=containers, strip=strip), {})
-    here = kind == "vavae" or Path(name).expanduser().exists()  # no config.json: as released
-    values = path.parent / "config.json" if here else beside(path, name, "config.json")
+        return VJEPA(path, read_tensors(path, strip=strip, containers=containers), {})
+    local = kind == "vavae" or Path(name).expanduser().exists()  # no config.json: as released
+    values = read_json(path.parent / "config.json" if local else beside(path, name), "", not local)
     keep = ("",) if kind == "vae" else ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-    return KLAutoencoder(
-        path, read_tensors(path, keep, ("state_dict",)), read_json(values, not here)
-    )
+    return KLAutoencoder(path, read_tensors(path, keep, containers=("state_dict",)), values)
 
 
 def load_decoder(config: EncoderConfig, latent_dim: int) -> ViTDecoder:
-    """Find, read and build the decoder of RAE or Scale-RAE; without a config.json as released."""
-    name = config.decoder_weights or DECODERS[config.encoder_type]
-    path = find(name, "model.pt", "*dec*.pt")
-    state = read_tensors(path, strip=("module.", "_orig_mod."))
-    decoder = ViTDecoder(path, state, read_json(path.parent / "config.json", required=False))
+    """Find, read and build the decoder of RAE or Scale-RAE; no config.json: as released."""
+    path = find(config.decoder_weights or DECODERS[config.encoder_type], "model.pt", "*dec*.pt")
+    values = read_json(path.parent / "config.json", required=False)
+    decoder = ViTDecoder(path, read_tensors(path, strip=("module.", "_orig_mod.")), values)
     if decoder.in_dim != latent_dim:
         raise decoder.fault(f"it decodes {decoder.in_dim} channels, not {latent_dim}")
     return decoder
@@ -778,32 +735,31 @@ class BaseAutoencoder(nn.Module):
         self.config, self.network, self.decoder = config, load_network(config), None
         self.image_size = config.image_size or self.network.size
         self.latent_dim, self.temporal_stride = self.network.dim, self.network.frames
-        width = int(TABLE.split(f"\n{config.encoder_type} ")[1].split()[0].split("x")[-1])
         self.has_decoder = hasattr(self.network, "decode") or bool(config.decoder_weights)
-        self.has_decoder |= config.encoder_type in DECODERS and self.latent_dim == width
-        if config.decoder_weights:  # that of a release is only fetched when it is needed
+        if config.decoder_weights:
             self.decoder = load_decoder(config, self.latent_dim)
-        constants = {"mean_std": torch.tensor(self.network.mean_std).view(2, 3, 1, 1)}
-        constants["stats"] = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)  # mean, std of latents
+        elif config.encoder_type in DECODERS:  # the release's, fetched when it is needed
+            self.has_decoder = f"{config.encoder_type} 16x16x{self.latent_dim} " in TABLE
+        stats = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)  # mean, std of the latents
         if config.encoder_type == "vae":  # z = (mean - shift) scale
-            shift = self.network.number("shift_factor", 0.0609) if config.sd3_shift else 0.0
             scale = self.network.number("scaling_factor", 1.5305)
-            constants["stats"] = torch.tensor([shift, 1 / scale]).view(2, 1, 1, 1)
+            stats[0] = self.network.number("shift_factor", 0.0609) * config.sd3_shift
+            stats[1] = 1 / scale
         if config.latent_stats or config.standardize:
             name = config.latent_stats or config.weights or ""
             if not config.latent_stats and not (Path(name) / "latents_stats.pt").is_file():
                 name = STATISTICS[config.encoder_type]
-            path = find(name, "latents_stats.pt", "stat.pt")
-            constants["stats"] = read_stats(path, self.latent_dim)
-        for name, value in constants.items():
-            self.register_buffer(name, value, persistent=False)
-        options = (config.encoder_type, self.image_size, config.qwen_mode, config.final_norm)
-        digest = hashlib.sha256(repr((*options, self.latent_dim)).encode())
-        for name, value in sorted((*self.network.state_dict().items(), ("stats", self.stats))):
+            stats = read_stats(find(name, "latents_stats.pt", "stat.pt"), self.latent_dim)
+        mean_std = torch.tensor(self.network.mean_std).view(2, 3, 1, 1)
+        self.register_buffer("stats", stats, persistent=False)
+        self.register_buffer("mean_std", mean_std, persistent=False)
+        facts = [config.encoder_type, self.image_size, config.qwen_mode, config.final_norm]
+        facts += [self.latent_dim, [path.read_bytes() for path in self.network.archives[:1]]]
+        digest = hashlib.sha256(repr(facts).encode())
+        for name, value in (*self.network.state_dict().items(), ("stats", stats)):
             bits = value.view(torch.int32).sum(dtype=torch.int64).item()  # exact in any order
             digest.update(f"{name} {tuple(value.shape)} {bits}".encode())
         self.fingerprint = f"{config.encoder_type}-{digest.hexdigest()[:16]}"
-        self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True):
         """Stay in evaluation mode: a frozen network has no other."""
@@ -855,7 +811,7 @@ class BaseAutoencoder(nn.Module):
                 x = F.interpolate(x, size, mode="bicubic", align_corners=False)
             x = ((x.clamp(0, 1) if network.clamp else x) - self.mean_std[0]) / self.mean_std[1]
             with torch.autocast(device.type, enabled=False):
-                z.append(network.encode(x.to(network.dtype)).float())
+                z.append(network.encode(x).float())
         z = torch.cat(z)
         if self.stats.shape[1:3] not in ((1, 1), z.shape[1:3]):
             shapes = f"{tuple(z.shape[1:])}, their statistics {tuple(self.stats.shape[1:])}"
@@ -886,7 +842,7 @@ class BaseAutoencoder(nn.Module):
         z_flat = z.to(device).float().flatten(0, -4) * self.stats[1] + self.stats[0]
         for part in z_flat.split(self.network.chunk):
             with torch.autocast(device.type, enabled=False):
-                y = decoder.decode(part.to(decoder.dtype)).float()
+                y = decoder.decode(part).float()
             x.append((y * self.mean_std[1] + self.mean_std[0]).clamp(0, 1))
         return torch.cat(x).movedim(1, -1).unflatten(0, z.shape[:-3])
 
@@ -911,39 +867,33 @@ class Args(EncoderConfig):
 def main() -> None:
     args = data.parse_args(Args)
     if args.image is None:
-        head, *rows = TABLE.splitlines()
-        print(f"{head[:44]} decoder found {head[44:]}")
-        for row in rows:
-            kind = row.split()[0]
-            files = FILES.get(kind, ("model.safetensors.index.json", "model.safetensors"))
-            try:
-                found = kind == "pixels" or bool(find(RELEASES[kind], *files, download=False))
-            except MissingFileError:
-                found = False
-            print(
-                f"{row[:44]} {'yes' if '+' in row else 'no':7} {'yes' if found else 'no':5} {row[44:]}"
-            )
+        for row in TABLE.splitlines():
+            kind, name, found = row.split()[0], row.split()[-1], "found"
+            if kind in RELEASES:
+                try:
+                    find(name, *FILES.get(kind, TRANSFORMERS), download=False)
+                except MissingFileError:
+                    found = "yes" if kind == "pixels" else "no"
+            print(f"{row[:44]}{found:6}{row[44:]}")
         return
-    try:
-        with Image.open(args.image) as image:
-            image = image.convert("RGB").resize((256, 256), Image.Resampling.BICUBIC)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{args.image}: no readable picture ({error}); name a file") from error
-    encoder = create_autoencoder(args)
-    frames = torch.from_numpy(np.array(image))[None]  #                     (T = 1, H, W, 3)
-    z = encoder.encode(frames)
-    h, w, C = z.shape[1:]
-    centred = z[0].flatten(0, 1) - z[0].flatten(0, 1).mean(0)
-    rgb = centred @ torch.linalg.svd(centred, full_matrices=False)[2][:3].T
-    low, high = rgb.quantile(0.01, dim=0), rgb.quantile(0.99, dim=0)
-    rgb = ((rgb - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).view(h, w, -1)
-    pictures = [frames[0], *([encoder.decode(z)[0]] if encoder.has_decoder else []), rgb]
+    encoder, file = create_autoencoder(args), Path(args.image)
+    if not file.is_file():
+        raise MissingFileError(f"{file}: no such picture; check the path")
+    frames = torch.from_numpy(data.decode_frame(file.read_bytes(), 256, str(file)).copy())[None]
+    z = encoder.encode(frames)  #                                           (T = 1, h, w, C)
+    rgb = z[0].flatten(0, 1) - z[0].mean((0, 1))
+    rgb = rgb @ torch.linalg.svd(rgb, full_matrices=False)[2][:3].T
+    low, high = rgb.quantile(torch.tensor([0.01, 0.99]), dim=0)
+    rgb = ((rgb - low) / (high - low).clamp(min=1e-6)).view(*z.shape[1:3], 3)
+    pictures = [frames[0], *(encoder.decode(z) if encoder.has_decoder else ()), rgb]
     sheet = Image.new("RGB", (256 * len(pictures), 256))
     for i, picture in enumerate(pictures):
         tile = Image.fromarray(data.to_uint8(picture)).resize((256, 256), Image.Resampling.NEAREST)
         sheet.paste(tile, (256 * i, 0))
     data.write_atomic(args.output, lambda path: sheet.save(path, "PNG"))
-    print(f"{args.output}: input | {'reconstruction | ' * encoder.has_decoder}latents {h}x{w}x{C}")
+    print(
+        f"{args.output}: input | {'reconstruction | ' * encoder.has_decoder}latents {z.shape[1:]}"
+    )
 
 
 if __name__ == "__main__":
