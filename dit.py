@@ -1,18 +1,17 @@
 """Predict the velocity of noised latent frames with an action-conditioned causal transformer.
 
-DiT blocks (Peebles & Xie 2023) factored in space and time, after arXiv 2605.06388:
+DiT blocks (Peebles & Xie 2023), factored in space and time after arXiv 2605.06388:
 
     z_tau --patch--> x --[ spatial block -> temporal block ] x depth--> norm, linear --> v
                               ^                 ^
     tau, actions ---------> adaLN-zero: shift, scale, gate for attention and MLP, per frame
 
 Spatial attention is full inside a frame, temporal attention causal per patch ("factored") or
-block-causal over all patches ("joint"). Temporal keys and values are all that a new frame needs
-of the past: `ContextCache` keeps them through the denoising steps.
+block-causal over all patches ("joint"). `ContextCache` keeps the temporal keys and values of the
+past: they are all that the denoising steps of a new frame need of it.
 
 Shapes: B batch, V views, T frames, h w latent grid, C latent channels, N patches a frame, D width,
-H heads, E head dim, A action width. Inside the network x is (B, T, N, D) throughout: both kinds
-of attention run on views of it.
+H heads, E head dim, A action width. Tokens x are (B, T, N, D); all attention runs on views of it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -62,18 +61,14 @@ class DiTConfig:
             if type(value) is int and value < 1:
                 raise InputError(f"DiT {name} is {value}; give at least 1")
         if self.dim % (2 * self.heads):
+            raise InputError(f"DiT dim {self.dim} is not {self.heads} heads of even width")
+        if self.temporal_mode not in ATTEND or self.view_rope not in ("additive", "official"):
             raise InputError(
-                f"DiT width {self.dim} does not divide into {self.heads} heads of even width; "
-                "choose another dim or heads"
+                f"temporal_mode is {self.temporal_mode!r}, view_rope {self.view_rope!r}; "
+                "choose factored or joint, additive or official"
             )
-        choices = {"temporal_mode": ("factored", "joint"), "view_rope": ("additive", "official")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(
-                    f"DiT {name} is {getattr(self, name)!r}; choose {' or '.join(allowed)}"
-                )
         if not 0 <= self.action_dropout <= 1:
-            raise InputError(f"DiT action_dropout is {self.action_dropout}; choose 0 to 1")
+            raise InputError(f"action_dropout is {self.action_dropout}; choose a share, 0 to 1")
 
 
 def merge_views(z: Tensor) -> Tensor:
@@ -98,56 +93,42 @@ def axis_angles(positions: Tensor, channels: int) -> Tensor:
     return positions[..., None] * 10000.0 ** (-torch.arange(half, device=positions.device) / half)
 
 
-def rotations(angles: Tensor) -> Tensor:
-    """Stack cos and sin, with an axis for heads: (T, N, half) -> (T, N, 1, half, 2) float32."""
-    return torch.stack((angles.cos(), angles.sin()), -1)[:, :, None]
-
-
-def build_rope(
-    config: DiTConfig, first: int, T: int, h: int, w: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Build the rotations of spatial and of temporal attention for T frames from position `first`.
+def build_rope(config: DiTConfig, first: int, T: int, h: int, w: int, device: torch.device):
+    """Build cos and sin of spatial and of temporal attention, T frames from position `first`.
 
     Axes share the head dim evenly, first axis first: h, w in space; t in time; t, h, w jointly.
-    Channel pairs left over stand still. Additive views (ours): every angle + v 10000^(-i/(E/2)).
-    Official views: column c has width index c // V, view index c % V; channels are h, w, view;
-    temporal blocks ignore views.
+    Pairs left over stand still. Additive views (ours) turn every pair by v 10000^(-i/(E/2)) more.
+    Official views: column c has width index c // V, view index c % V, channels are h, w, view;
+    temporal blocks ignore views. h, w are the latent grid, all views side by side.
 
-    h, w  patches, all views side by side
-    ->    (1, N, 1, E/2, 2), (T, 1 or N, 1, E/2, 2)
+    ->  (1, N, 1, E/2, 2), (T, 1 or N, 1, E/2, 2)   float32 in every precision
     """
-    V, E, joint = config.num_views, config.dim // config.heads, config.temporal_mode == "joint"
-    times = torch.arange(first, first + T, device=device).float()
-    t, row, column = torch.meshgrid(
-        times,
-        torch.arange(h, device=device).float(),
-        torch.arange(w, device=device).float(),
-        indexing="ij",
-    )
-    t, row, column = t.flatten(1), row.flatten(1), column.flatten(1)  # (T, N)
-    view, x = column // (w // V), column % (w // V)
+    p, V, E = config.patch_size, config.num_views, config.dim // config.heads
+    spans = ((first, first + T), (0, h // p), (0, w // p))
+    grid = torch.meshgrid(*(torch.arange(*span, device=device) for span in spans), indexing="ij")
+    t, row, column = (axis.flatten(1).float() for axis in grid)  # (T, N)
+    view, x = column // (w // p // V), column % (w // p // V)
+    space, time = [(row, E // 4 * 2), (x, E // 4 * 2)], [(t[:, :1], E)]
     if config.view_rope == "official" and V > 1:
         E_view = E // 3 // 2 * 2
         E_h = (E - E_view) // 4 * 2
         space = [(row, E_h), (column // V, E - E_view - E_h), (column % V, E_view)]
-        view, x = torch.zeros_like(view), column
-    else:
-        space = [(row, E // 4 * 2), (x, E // 4 * 2)]
+        view, x = 0 * view, column
+    if config.temporal_mode == "joint":
+        time = [(axis, E // 6 * 2) for axis in (t, row, x)]
 
-    def join(axes: list[tuple[Tensor, int]]) -> Tensor:
+    def rotations(axes: list[tuple[Tensor, int]]) -> Tensor:
         angles = torch.cat([axis_angles(*axis) for axis in axes], -1)
         angles = F.pad(angles, (0, E // 2 - angles.shape[-1]))
-        return rotations(angles + axis_angles(view, E))
+        angles = angles + axis_angles(view[:, : angles.shape[1]], E)
+        return torch.stack((angles.cos(), angles.sin()), -1)[:, :, None]
 
-    if joint:
-        temporal = join([(t, E // 6 * 2), (row, E // 6 * 2), (x, E // 6 * 2)])
-    else:
-        temporal = rotations(axis_angles(times[:, None], E))
-    return join(space)[:1], temporal
+    return rotations(space)[:1], rotations(time)
 
 
 @functools.lru_cache(maxsize=64)
 def cached_rope(*key) -> tuple[Tensor, Tensor]:
+    """Keep the tables of `build_rope`."""
     with torch.inference_mode(False):  # training may meet a table that a rollout made
         return build_rope(*key)
 
@@ -155,98 +136,61 @@ def cached_rope(*key) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, table: Tensor, back: bool = False) -> Tensor:
     """Rotate adjacent channel pairs: (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin).
 
-    x (B, T, N, H, E), table (., ., 1, E/2, 2), both float32; back: by the negative angles
+    x (B, T, N, H, E), table (., ., 1, E/2, 2), both float32; back: by the opposite angles
     """
     pairs = x.unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # the compiler fuses this, and knows no complex numbers
         (x0, x1), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        sin = -sin if back else sin
         return torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), -1).flatten(-2)
     turn = torch.view_as_complex(table)
-    return torch.view_as_real(
-        torch.view_as_complex(pairs) * (turn.conj() if back else turn)
-    ).flatten(-2)
+    turned = torch.view_as_complex(pairs) * (turn.conj() if back else turn)
+    return torch.view_as_real(turned).flatten(-2)
 
 
 # ------------------------------------------------------------------------------------------------
-# Fast parts. In eager mode they save little for the backward pass, and so touch little memory.
-
-
-@torch.library.custom_op("dit::matmul", mutates_args=())
-def onednn_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-@onednn_matmul.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], len(weight))
+# Fast parts: they keep little for the backward pass, and so touch little memory.
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute x weight^T + bias, in float32 on a CPU by oneDNN.
-
-    F.linear takes MKL there, which on AMD keeps to AVX2: oneDNN is 2.2 times faster (Zen 5).
-    """
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not torch.backends.mkl.is_available():
-        return F.linear(x, weight, bias)
-    if torch.compiler.is_compiling():
-        return onednn_matmul(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Give the dtype of matrix products: autocast's where it is on, else the weight's."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    """Compute x weight^T + bias; float32 on x86 by oneDNN, as MKL does not use AVX-512 on AMD."""
+    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+        if torch.backends.mkl.is_available() and not torch.is_autocast_enabled("cpu"):
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 class Project(torch.autograd.Function):
-    """Apply prologue, then a linear map; keep the prologue's inputs and recompute its output."""
+    """Multiply prologue(*inputs) by a weight; keep the inputs and compute the prologue again."""
 
     @staticmethod
-    def forward(ctx, prologue: Callable | None, dtype: torch.dtype, weight, bias, *inputs):
-        x = prologue(*inputs) if prologue else inputs[0]
-        ctx.prologue, ctx.dtype = prologue, dtype
+    def forward(ctx, prologue: Callable, weight, bias, *inputs):
+        ctx.prologue = prologue
         ctx.save_for_backward(weight, bias, *inputs)
-        bias = bias if bias is None else bias.to(dtype)
-        return matmul(x.to(dtype), weight.to(dtype), bias)
+        return matmul(prologue(*inputs), weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         weight, bias, *inputs = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        if ctx.prologue:
-            inputs = [x.detach().requires_grad_(n) for x, n in zip(inputs, needs[4:], strict=True)]
-            with torch.enable_grad():
-                x = ctx.prologue(*inputs)
-        else:
-            x = inputs[0]
-        rows, grad_weight, grad_bias = grad.flatten(0, -2), None, None
-        if needs[2]:
-            columns = x.detach().flatten(0, -2).to(ctx.dtype).t()
-            grad_weight = matmul(rows.t(), columns).to(weight.dtype)
-        if needs[3]:
-            grad_bias = rows.sum(0, dtype=bias.dtype)
-        grads = [None] * len(inputs)
-        if any(needs[4:]):
-            grad_x = matmul(grad, weight.to(ctx.dtype).t()).to(x.dtype)
-            if ctx.prologue:
-                wanted = [i for i, n in enumerate(needs[4:]) if n]
-                found = torch.autograd.grad(x, [inputs[i] for i in wanted], grad_x)
-                for i, g in zip(wanted, found, strict=True):
-                    grads[i] = g
-            else:
-                grads = [grad_x]
-        return None, None, grad_weight, grad_bias, *grads
+        _, need_weight, need_bias, *needs = ctx.needs_input_grad
+        inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
+        with torch.enable_grad():
+            x = ctx.prologue(*inputs)
+        if x.requires_grad:
+            x.backward(matmul(grad, weight.to(grad.dtype).t()).to(x.dtype))
+        rows, columns = (y.detach().flatten(0, -2).to(grad.dtype).t() for y in (grad, x))
+        grad_weight = matmul(rows, columns).to(weight.dtype) if need_weight else None
+        grad_bias = rows.sum(1, dtype=bias.dtype) if need_bias else None
+        return None, grad_weight, grad_bias, *(x.grad for x in inputs)
 
 
 class Linear(nn.Linear):
-    """Linear layer after an element-wise prologue, whose output is not kept for the backward."""
+    """Linear layer behind an element-wise prologue whose output is not kept."""
 
-    def forward(self, *inputs: Tensor, prologue: Callable | None = None) -> Tensor:
-        if prologue and torch.compiler.is_compiling():  # the compiler recomputes by itself
-            inputs, prologue = (prologue(*inputs),), None
-        dtype = compute_dtype(self.weight)
-        return Project.apply(prologue, dtype, self.weight, self.bias, *inputs)
+    def forward(self, *inputs: Tensor, prologue: Callable = lambda x: x) -> Tensor:
+        if torch.compiler.is_compiling():  # the compiler decides by itself what to keep
+            return F.linear(prologue(*inputs), self.weight, self.bias)
+        return Project.apply(prologue, self.weight, self.bias, *inputs)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -255,50 +199,31 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """Gate the second half of the channels by the first: silu(gate) * value."""
+    """Gate one half of the channels by the other: silu(gate) * value."""
     gate, value = x.chunk(2, -1)
     return F.silu(gate) * value
 
 
 class NormRotate(torch.autograd.Function):
-    """Split (B, T, N, 3, H, E) into q, k, v; normalise and rotate q and k.
+    """Normalise and rotate x (B, T, N, H, E); keep only the result, as attention does anyway.
 
-    With y the result, r = 1 / rms(x) and R the rotation: dx = R^T [ r (g - y mean(g y)) ]. So
-    only q and k themselves, which attention keeps anyway, are saved.
+    With y the result, r = 1 / rms(x), R the rotation: dx = R^T [ r (dy - y mean(dy y)) ].
     """
 
     @staticmethod
-    def forward(ctx, qkv, table):
-        q, k, v = qkv.unbind(3)
-        saved, E = [], q.shape[-1]
-        for x in (q, k):
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-            r = torch.rsqrt(norm.square_().div_(E).add_(QK_NORM_EPS))
-            saved += [rotate(x.float() * r, table).to(x.dtype), r]
-        ctx.save_for_backward(*saved, table)
-        return saved[0], saved[2], v.contiguous()
+    def forward(ctx, x, table):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        r = torch.rsqrt(norm**2 / x.shape[-1] + QK_NORM_EPS)
+        y = rotate(x * r, table).to(x.dtype)
+        ctx.save_for_backward(y, r, table)
+        return y
 
     @staticmethod
-    def backward(ctx, grad_q, grad_k, grad_v):
-        q, r_q, k, r_k, table = ctx.saved_tensors
-        out = grad_v.new_empty(*grad_v.shape[:3], 3, *grad_v.shape[3:])
-        for i, (y, r, grad) in enumerate(((q, r_q, grad_q), (k, r_k, grad_k))):
-            y, grad = y.float(), grad.float()
-            mean = (grad * y).mean(-1, keepdim=True)
-            out[:, :, :, i] = rotate(
-                torch.addcmul(grad, y, mean, value=-1).mul_(r), table, back=True
-            )
-        out[:, :, :, 2] = grad_v
-        return out, None
-
-
-def norm_rotate(qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Split (B, T, N, 3, H, E) into q, k, v; normalise (RMS over E) and rotate q and k."""
-    if not torch.compiler.is_compiling():
-        return NormRotate.apply(qkv, table)
-    q, k, v = qkv.unbind(3)
-    q, k = (F.rms_norm(x.float(), x.shape[-1:], eps=QK_NORM_EPS) for x in (q, k))
-    return rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype), v.contiguous()
+    def backward(ctx, grad):
+        y, r, table = ctx.saved_tensors
+        y, dy = y.float(), grad.float()
+        dx = r * torch.addcmul(dy, y, (dy * y).mean(-1, keepdim=True), value=-1)
+        return rotate(dx, table, back=True).to(grad.dtype), None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -321,51 +246,37 @@ def attend_time(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def attend_joint(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Let every patch see all patches of this and earlier frames."""
-    T, past = q.shape[1], k.shape[1] - q.shape[1]
     q, k, v = (x.permute(0, 3, 1, 2, 4) for x in (q, k, v))  # (B, H, T, N, E)
-    frames = [
-        F.scaled_dot_product_attention(
-            q[:, :, t], *(x[:, :, : past + t + 1].flatten(2, 3) for x in (k, v))
-        )
-        for t in range(T)
-    ]
+    frames, past = [], k.shape[2] - q.shape[2]
+    for t in range(q.shape[2]):
+        k_seen, v_seen = (x[:, :, : past + t + 1].flatten(2, 3) for x in (k, v))
+        frames.append(F.scaled_dot_product_attention(q[:, :, t], k_seen, v_seen))
     return torch.stack(frames, 2).permute(0, 2, 3, 1, 4)
-
-
-class ContextCache:
-    """Keep the temporal keys and values of known frames for the denoising steps of the next one.
-
-    keys, values  per layer (B, window, N, H, E)   slots need no order: positions are in the keys
-    frames        slots in use, at most window - 1: one is for the frame that is denoised
-    position      frames seen since `encode_context`; a full cache has overwritten older ones
-    rope          rotations (space, time) of the next frame
-    """
-
-    def __init__(self, keys: list[Tensor], values: list[Tensor]):
-        self.keys, self.values = keys, values
-        self.frames = self.position = 0
-        self.rope: tuple[Tensor, Tensor] | None = None
-        for x in (*keys, *values):
-            if x.is_cuda:  # lets CUDA graphs write to it
-                torch._dynamo.mark_static_address(x)
-
-    @property
-    def full(self) -> bool:
-        return self.frames == self.keys[0].shape[1] - 1
-
-    def expand(self, n: int) -> ContextCache:
-        """Copy every sample n times, for n candidates each; `rewind` lets them share the copy."""
-        copy = ContextCache(
-            *([x.repeat_interleave(n, 0) for x in xs] for xs in (self.keys, self.values))
-        )
-        copy.frames, copy.position, copy.rope = self.frames, self.position, self.rope
-        return copy
 
 
 ATTEND = {"factored": attend_time, "joint": attend_joint}
 
+
+@dataclass
+class ContextCache:
+    """Keep the temporal keys and values of known frames for the denoising steps of the next one."""
+
+    window: int
+    frames: int  # slots in use, at most window - 1: one is for the frame that is denoised
+    position: int  # frames seen since `encode_context`; a full cache has overwritten the oldest
+    kv: dict[int, Tensor]  # layer: (2, B, window, N, H, E), made at first use; slots have no order
+
+    @property
+    def full(self) -> bool:
+        return self.frames == self.window - 1
+
+    def expand(self, n: int) -> ContextCache:
+        """Copy every sample n times, for n candidates each."""
+        return replace(self, kv={i: x.repeat_interleave(n, 1) for i, x in self.kv.items()})
+
+
 # ------------------------------------------------------------------------------------------------
-# Blocks.
+# Blocks, with the released key names.
 
 
 class Attention(nn.Module):
@@ -377,15 +288,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, rope: Tensor, attend: Callable):
         qkv = self.qkv_proj(x, shift, scale, prologue=modulate)
-        y = attend(*norm_rotate(qkv.unflatten(-1, (3, self.heads, -1)), rope))
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, T, N, H, E)
+        y = attend(NormRotate.apply(q, rope), NormRotate.apply(k, rope), v.contiguous())
         return None if y is None else self.out_proj(y.reshape(x.shape))
 
 
 class SwiGLU(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.w12 = Linear(dim, 2 * int(8 * dim / 3))
-        self.w3 = Linear(int(8 * dim / 3), dim)
+        hidden = int(8 * dim / 3)
+        self.w12, self.w3 = Linear(dim, 2 * hidden), Linear(hidden, dim)
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return self.w3(self.w12(x, shift, scale, prologue=modulate), prologue=swiglu)
@@ -401,32 +313,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor, rope: Tensor, attend: Callable):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, -1)
         y = self.attn(x, shift_attn, scale_attn, rope, attend)
-        if y is None:  # only keys and values were wanted
+        if y is None:  # attend only stored keys and values
             return None
         x = torch.addcmul(x, gate_attn, y)
         return torch.addcmul(x, gate_mlp, self.ffwd(x, shift_mlp, scale_mlp))
-
-
-class Layer(nn.Module):
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.s_block = Block(dim, heads)
-        self.t_block = Block(dim, heads)
-
-
-class PatchEmbed(nn.Module):
-    """Project p x p patches: the convolution of the released weights as one matrix product."""
-
-    def __init__(self, in_channels: int, patch_size: int, dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim, in_channels, patch_size, patch_size))
-        self.bias = nn.Parameter(torch.empty(dim))
-
-    def forward(self, z: Tensor) -> Tensor:
-        p = self.weight.shape[-1]
-        patches = z.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, T, h/p, p, w/p, p, C)
-        patches = patches.permute(0, 1, 2, 4, 6, 3, 5).flatten(4).flatten(2, 3)
-        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
 class FinalLayer(nn.Module):
@@ -446,10 +336,6 @@ def timestep_embedding(tau: Tensor) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), -1)
 
 
-# ------------------------------------------------------------------------------------------------
-# The model.
-
-
 class DiT(nn.Module):
     """Predict v of every frame from noised latents, noise levels and actions.
 
@@ -466,22 +352,21 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         D, out = config.dim, config.patch_size**2 * config.in_channels
-        self.x_proj = PatchEmbed(config.in_channels, config.patch_size, D)
+        self.x_proj = nn.Conv2d(config.in_channels, D, config.patch_size, config.patch_size)
         self.timestep_mlp = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.action_embedder = nn.Linear(config.action_dim, D)
-        self.blocks = nn.ModuleList(Layer(D, config.heads) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({name: Block(D, config.heads) for name in ("s_block", "t_block")})
+            for _ in range(config.depth)
+        )
         if config.wide_head:
             self.s_projector = Linear(D, config.head_dim)
             self.head_final_layer = FinalLayer(config.head_dim, out)
         else:
             self.final_layer = FinalLayer(D, out)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise as adaLN-zero does: every block starts as the identity, and v as zero."""
         for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, PatchEmbed)):
-                if "adaLN_modulation" in name or "final_layer" in name:
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                if "adaLN_modulation" in name or "final_layer" in name:  # blocks start as identity
                     nn.init.zeros_(module.weight)
                 elif "timestep_mlp" in name:
                     nn.init.normal_(module.weight, std=0.02)
@@ -490,74 +375,65 @@ class DiT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(
-        self, z: Tensor, tau: Tensor, actions: Tensor, drop: Tensor | None = None
-    ) -> Tensor:
-        B, T, h, w, _ = z.shape
+    def forward(self, z: Tensor, tau: Tensor, actions: Tensor, drop: Tensor | None = None):
+        (B, T), last = z.shape[:2], self.config.action_dim - 1
         if T > self.config.max_frames:
-            raise InputError(
-                f"DiT got {T} frames, its window is {self.config.max_frames}; give fewer, or load "
-                "it with the max_frames that it was trained with"
-            )
+            raise InputError(f"DiT got {T} frames, over max_frames={self.config.max_frames}")
         if drop is None and self.training and self.config.action_dropout > 0:
             drop = torch.rand(B, device=z.device) < self.config.action_dropout
         if drop is not None:
-            no_action = F.one_hot(torch.tensor(actions.shape[-1] - 1), actions.shape[-1])
-            actions = torch.where(drop[:, None, None], no_action.to(actions), actions)
-        attend = [ATTEND[self.config.temporal_mode]] * self.config.depth
-        return self._run(z, self.modulations(tau, actions), self._rope(0, T, h, w, z), attend)
+            null = (torch.arange(last + 1, device=z.device) == last).to(actions.dtype)
+            actions = torch.where(drop[:, None, None], null, actions)
+        attend = ATTEND[self.config.temporal_mode]
+        return self._run(z, self.modulations(tau, actions), 0, lambda layer, *qkv: attend(*qkv))
 
     def modulations(self, tau: Tensor, actions: Tensor) -> list[Tensor]:
         """Turn noise levels (B, T) and actions (B, T, A) into what every block is modulated with.
 
-        The K denoising steps of one frame may stand for T: one product serves all of them.
+        The denoising steps of one frame may stand for T: one product serves all of them.
 
         ->  2 depth + 1 tensors (B, T, 1, ...): spatial and temporal blocks in turn, then the head
         """
-        if actions.shape[-1] != self.config.action_dim:
+        if actions.shape != (*tau.shape, self.config.action_dim):
             raise InputError(
-                f"actions are {actions.shape[-1]} wide, the DiT takes {self.config.action_dim}; "
-                "map them to its units first"
+                f"DiT got actions {tuple(actions.shape)} beside noise levels {tuple(tau.shape)}; "
+                f"give one action of width {self.config.action_dim} for every frame"
             )
-        assert actions.shape[:2] == tau.shape, f"actions {actions.shape} beside tau {tau.shape}"
         dtype = self.action_embedder.weight.dtype
         time = self.timestep_mlp(timestep_embedding(tau).to(dtype))[:, :, None]
         c = time + self.action_embedder(actions.to(dtype))[:, :, None]  # (B, T, 1, D)
-        blocks = [block for layer in self.blocks for block in (layer.s_block, layer.t_block)]
+        blocks = [block for layer in self.blocks for block in layer.values()]
         head = time if self.config.wide_head else self.final_layer.adaLN_modulation(c)
         return [*(block.adaLN_modulation(c) for block in blocks), head]
 
-    def _rope(self, first: int, T: int, h: int, w: int, z: Tensor) -> tuple[Tensor, Tensor]:
-        p, build = self.config.patch_size, build_rope
-        if not torch.compiler.is_compiling():
-            build = cached_rope
-        return build(self.config, first, T, h // p, w // p, z.device)
-
-    def _run(self, z: Tensor, modulations: list[Tensor], rope: tuple, attend: list[Callable]):
-        """Run the layers on T frames; attend[i] is the temporal attention of layer i."""
+    def _run(self, z: Tensor, modulations: list[Tensor], first: int, attend: Callable):
+        """Run frames from position `first`; attend(layer, q, k, v) is the temporal attention."""
         B, T, h, w, C = z.shape
         p, V = self.config.patch_size, self.config.num_views
         if C != self.config.in_channels or h % p or w % (p * V):
             raise InputError(
-                f"latents are {h} x {w} x {C}; the DiT takes {self.config.in_channels} channels "
-                f"in patches of {p}, {V} views side by side"
+                f"DiT got latents of {h} x {w} x {C}; give {self.config.in_channels} channels, and "
+                f"{V} views side by side that split into patches of {p} x {p}"
             )
-        x = self.x_proj(z)  # (B, T, N, D)
+        rope = build_rope if torch.compiler.is_compiling() else cached_rope
+        rope_s, rope_t = rope(self.config, first, T, h, w, z.device)
+        x = self.x_proj(z.flatten(0, 1).movedim(-1, 1).to(self.x_proj.weight.dtype))
+        x = x.flatten(2).transpose(1, 2).unflatten(0, (B, T))  # (B, T, N, D)
         for i, layer in enumerate(self.blocks):
-            x = layer.s_block(x, modulations[2 * i], rope[0], attend_space)
-            x = layer.t_block(x, modulations[2 * i + 1], rope[1], attend[i])
+            x = layer["s_block"](x, modulations[2 * i], rope_s, attend_space)
+            x = layer["t_block"](x, modulations[2 * i + 1], rope_t, functools.partial(attend, i))
         if x is None:
             return None
         if self.config.wide_head:
             x = self.s_projector(F.silu(x + modulations[-1]))  # (B, T, N, head_dim)
-            condition = x.mean(2, keepdim=True)
-            x = self.head_final_layer(x, self.head_final_layer.adaLN_modulation(condition))
+            condition = self.head_final_layer.adaLN_modulation(x.mean(2, keepdim=True))
+            x = self.head_final_layer(x, condition)  # (B, T, N, p*p*C)
         else:
             x = self.final_layer(x, modulations[-1])  # (B, T, N, p*p*C)
         x = x.unflatten(-1, (p, p, C)).unflatten(2, (h // p, w // p))
         return x.permute(0, 1, 2, 4, 3, 5, 6).reshape(z.shape).to(z.dtype)
 
-    # -- frame by frame: encode_context once, then denoise K times and append, frame after frame
+    # -- frame by frame: encode_context once, then denoise at every level and append
 
     def encode_context(
         self, z: Tensor, tau: Tensor, actions: Tensor, cache: ContextCache | None = None
@@ -567,147 +443,112 @@ class DiT(nn.Module):
         z, tau, actions  as in `forward`, T < max_frames; T = 0 gives an empty cache
         cache            an older one of the same batch and grid, whose memory is used again
         """
-        B, T, h, w, _ = z.shape
-        window, p, H = self.config.max_frames, self.config.patch_size, self.config.heads
+        T, window = z.shape[1], self.config.max_frames
         if T >= window:
             raise InputError(f"a window of {window} holds {window - 1} known frames, not {T}")
-        if cache is None:
-            shape = (B, window, h * w // p**2, H, self.config.dim // H)
-            new = functools.partial(
-                torch.empty, shape, dtype=compute_dtype(self.x_proj.weight), device=z.device
-            )
-            cache = ContextCache([new() for _ in self.blocks], [new() for _ in self.blocks])
+        cache = ContextCache(window, T, T, cache.kv if cache else {})
         if T:
-            attend = self._cached_attention(cache, slice(0, T), T, keys_only=True)
-            self._run(z, self.modulations(tau, actions), self._rope(0, T, h, w, z), attend)
-        cache.frames = cache.position = T
-        cache.rope = self._rope(T, 1, h, w, z)
+            self._run_cached(z, self.modulations(tau, actions), cache, 0, 0, T, keep=True)
         return cache
 
     def denoise(self, z: Tensor, modulations: list[Tensor], cache: ContextCache) -> Tensor:
-        """Predict v (B, 1, h, w, C) of one new frame after the cached ones, in one frame pass.
+        """Predict v of one frame (B, 1, h, w, C) after the cached ones, in one frame pass.
 
         modulations  of this frame at this step: `modulations(tau, actions)` with T = 1
         """
         n = cache.frames
-        attend = self._cached_attention(cache, slice(n, n + 1), n + 1)
-        return self._run(z, modulations, cache.rope, attend)
+        return self._run_cached(z, modulations, cache, cache.position, n, n + 1)
 
     def append(self, z: Tensor, modulations: list[Tensor], cache: ContextCache) -> None:
         """Add one known frame (B, 1, h, w, C) to the cache, in one frame pass.
 
-        In a full cache it takes the place of the oldest frame; the others are approximate from
-        then on, because their keys have seen frames that are gone.
+        In a full cache it takes the place of the oldest frame; from then on the others are
+        approximate, because their keys have seen frames that are gone.
         """
-        room = self.config.max_frames - 1
-        if room == 0:
-            return
-        slot, frames = cache.position % room, min(cache.frames + 1, room)
-        attend = self._cached_attention(cache, slice(slot, slot + 1), frames, keys_only=True)
-        self._run(z, modulations, cache.rope, attend)
-        cache.frames, cache.position = frames, cache.position + 1
-        cache.rope = self._rope(cache.position, 1, *z.shape[2:4], z)
+        if room := cache.window - 1:
+            slot, cache.frames = cache.position % room, min(cache.frames + 1, room)
+            self._run_cached(z, modulations, cache, cache.position, slot, cache.frames, keep=True)
+            cache.position += 1
 
-    def _cached_attention(
-        self, cache: ContextCache, slots: slice, past: int, keys_only: bool = False
-    ) -> list[Callable]:
-        """Write new keys and values to `slots`, then attend to the first `past` slots.
+    def _run_cached(self, z, modulations, cache, first, slot: int, past: int, keep: bool = False):
+        """Run frames that take the slots from `slot` on, and see the first `past` slots.
 
-        keys_only  stop in the last layer, whose output nobody needs
+        keep  they are known: only their keys and values matter, the last layer stops with them
         """
 
-        def layer(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-            cache.keys[i][:, slots], cache.values[i][:, slots] = k, v
-            if keys_only and i == self.config.depth - 1:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+            if layer not in cache.kv:
+                cache.kv[layer] = k.new_empty(2, len(k), cache.window, *k.shape[2:])
+            keys, values = cache.kv[layer].unbind(0)
+            keys[:, slot : slot + k.shape[1]], values[:, slot : slot + k.shape[1]] = k, v
+            if keep and layer == self.config.depth - 1:
                 return None
-            attend = ATTEND[self.config.temporal_mode]
-            return attend(q, cache.keys[i][:, :past], cache.values[i][:, :past])
+            return ATTEND[self.config.temporal_mode](q, keys[:, :past], values[:, :past])
 
-        return [functools.partial(layer, i) for i in range(self.config.depth)]
+        return self._run(z, modulations, first, attend)
 
 
 # ------------------------------------------------------------------------------------------------
 # Files.
 
 
-def config_from_shapes(state: dict[str, Tensor], where: str, overrides: dict) -> DiTConfig:
-    """Read the config that the shapes of released weights show; `overrides` give the rest.
+def read_released(content: object, where: str) -> tuple[dict, dict[str, Tensor]]:
+    """Find the state dict of a released checkpoint (`ema`, else `model`, else the file itself).
 
-    Heads follow the size table: head dim 64, 72 at width 1152.
+    ->  the config fields that its shapes show, its tensors
     """
+    if isinstance(content, dict):
+        box = next((name for name in ("ema", "model") if content.get(name) is not None), None)
+        if box and any("x_proj.weight" in name for name in content):
+            raise InputError(f"{where}: has weights both inside and beside {box!r}; keep one set")
+        content = content[box] if box else content
+    values = content.values() if isinstance(content, dict) else [None]
+    if not all(torch.is_tensor(x) and x.is_floating_point() for x in values):
+        raise InputError(f"{where}: holds no state dict, bare or in 'ema' or 'model'; give a DiT's")
+    state = strip_prefixes(content, ("module.", "_orig_mod."))
+    if len(state) != len(content):
+        raise InputError(f"{where}: tensors occur with and without a prefix; keep one set")
     for name, ndim in (("x_proj.weight", 4), ("action_embedder.weight", 2)):
         if name not in state or state[name].ndim != ndim:
             raise InputError(f"{where}: has no {name} of a DiT; give a DiT checkpoint")
     dim, in_channels, patch_size, _ = state["x_proj.weight"].shape
     layers = {match[0] for name in state if (match := re.match(r"blocks\.\d+\.", name))}
-    seen = dict(in_channels=in_channels, patch_size=patch_size, dim=dim, depth=len(layers))
-    seen["action_dim"] = state["action_embedder.weight"].shape[1]
-    seen["wide_head"] = "s_projector.weight" in state
-    if seen["wide_head"]:
-        seen["head_dim"] = len(state["s_projector.weight"])
-    heads = {size["dim"]: size["heads"] for size in DIT_SIZES.values()}
-    if "heads" not in overrides:
-        if dim not in heads and dim % 64:
-            raise InputError(f"{where}: width {dim} does not tell the heads; give heads=")
-        seen["heads"] = heads.get(dim, dim // 64)
-    refuse_contradictions(seen, overrides, where)
-    return config_from(DiTConfig, seen | overrides, where)
-
-
-def refuse_contradictions(known: dict, overrides: dict, where: str) -> None:
-    """Raise InputError if an override differs from what the file says."""
-    for name in known.keys() & overrides.keys():
-        if known[name] != overrides[name]:
-            raise InputError(
-                f"{where}: has {name}={known[name]!r}, you gave {overrides[name]!r}; leave it out "
-                "or give the file that fits"
-            )
-
-
-def released_state(content: object, where: str) -> dict[str, Tensor]:
-    """Find the one state dict of a released checkpoint: `ema`, else `model`, else the file itself.
-
-    Raises InputError unless it is a plain dict of float tensors with distinct names.
-    """
-    if isinstance(content, dict):
-        boxes = [name for name in ("ema", "model") if content.get(name) is not None]
-        content = content[boxes[0]] if boxes else content
-    if not isinstance(content, dict) or not content:
-        raise InputError(f"{where}: holds no state dict; give a DiT checkpoint")
-    for name, tensor in content.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise InputError(
-                f"{where}: {name!r} is not a float tensor, so this is no DiT state dict; it must "
-                "stand under 'ema' or 'model', or be the whole file"
-            )
-    state = strip_prefixes(content, ("module.", "_orig_mod."))
-    if len(state) != len(content):
-        raise InputError(f"{where}: tensors occur with and without a prefix; keep one set")
-    return state
+    fields = dict(in_channels=in_channels, patch_size=patch_size, dim=dim, depth=len(layers))
+    fields["action_dim"] = state["action_embedder.weight"].shape[1]
+    fields["wide_head"] = "s_projector.weight" in state
+    if fields["wide_head"]:
+        fields["head_dim"] = len(state["s_projector.weight"])
+    return fields, state
 
 
 def load_dit(path: str | Path, **overrides) -> DiT:
     """Load our `world_model.safetensors` or a released `.pt`, exactly or not at all.
 
     overrides  config fields that released weights do not show: temporal_mode, num_views,
-               view_rope, max_frames, action_dropout, unusual heads; they may repeat what the
-               file says but not contradict it
+               view_rope, max_frames, action_dropout, and heads where they do not follow the
+               size table (head dim 64, 72 at width 1152)
     ->         DiT in eval mode, float32, on the CPU
     Raises InputError for anything missing, left over, ambiguous or contradictory.
     """
-    path, metadata = Path(path), {}
-    if path.suffix == ".safetensors":
-        content, metadata = load_tensors(path)
-    else:
-        content = load_torch(path)
+    is_ours = Path(path).suffix == ".safetensors"
+    content, metadata = load_tensors(path) if is_ours else (load_torch(path), {})
     if "dit_config" in metadata:
-        config = config_from(DiTConfig, metadata["dit_config"], str(path))
-        refuse_contradictions(vars(config), overrides, str(path))
-        config_from(DiTConfig, vars(config) | overrides, str(path))  # refuses unknown names
+        fields = metadata["dit_config"]
         state = {name[4:]: x for name, x in content.items() if name.startswith("dit.")}
     else:
-        state = released_state(content, str(path))
-        config = config_from_shapes(state, str(path), overrides)
+        fields, state = read_released(content, str(path))
+    for name in fields.keys() & overrides.keys():
+        if fields[name] != overrides[name]:
+            raise InputError(
+                f"{path}: has {name}={fields[name]!r}, not {overrides[name]!r}; leave the option "
+                "out or give the file that fits"
+            )
+    fields = fields | overrides
+    if "heads" not in fields:
+        if fields["dim"] % 64:
+            raise InputError(f"{path}: width {fields['dim']} does not tell the heads; give heads")
+        fields["heads"] = 16 if fields["dim"] == 1152 else fields["dim"] // 64
+    config = config_from(DiTConfig, fields, str(path))
     with torch.device("meta"):
         dit = DiT(config)
     dit.to_empty(device="cpu")
@@ -715,27 +556,17 @@ def load_dit(path: str | Path, **overrides) -> DiT:
     return dit.eval()
 
 
-def gflop_per_frame(config: DiTConfig, N: int = 256) -> float:
-    """Count a forward pass per frame at T = max_frames: 2 per multiply-add of every matrix product
-    on patches, full score and value products in attention (also where causality hides half)."""
-    D, T = config.dim, config.max_frames
-    hidden, patch = int(8 * D / 3), config.patch_size**2 * config.in_channels
-    linear = 2 * config.depth * (4 * D * D + 3 * D * hidden) + D * patch
-    linear += config.head_dim * (D + patch) if config.wide_head else D * patch
-    seen = N + (T if config.temporal_mode == "factored" else N * T)
-    return 2 * N * (linear + 2 * config.depth * D * seen) / 1e9
-
-
 if __name__ == "__main__":
-    columns = [(16, 2, False), (96, 1, False), (96, 1, True), (1024, 1, True), (1152, 1, True)]
-    print("parameters (M) and GFLOP a frame (16 x 16 patches, T = 10, 2 per multiply-add)")
-    print("      " + "".join(f"C={C} p={p}{' wide' * wide}".rjust(20) for C, p, wide in columns))
-    for size, shape in DIT_SIZES.items():
-        cells = []
-        for C, p, wide in columns:
-            config = DiTConfig(C, p, wide_head=wide, **shape)
-            with torch.device("meta"):
-                count = sum(parameter.numel() for parameter in DiT(config).parameters())
-            cells.append(f"{count / 1e6:.3f}  {gflop_per_frame(config):7.1f}".rjust(20))
-        print(f"DiT-{size:2}" + "".join(cells))
-    print("the paper's DiT-L: 316.5 (C=96, 910.1 M), 318.7 (C=1024 wide), 318.8 (C=1152 wide)")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    print("parameters (M) and GFLOP a frame: forward, 16 x 16 patches, T = 10, 2 per multiply-add")
+    for C, p, wide in ((16, 2, False), (96, 1, False), (1024, 1, True), (1152, 1, True)):
+        for size, shape in DIT_SIZES.items():
+            with torch.device("meta"), FlopCounterMode(display=False) as flops:
+                dit = DiT(DiTConfig(C, p, wide_head=wide, **shape)).eval()
+                z, tau, actions = (torch.empty(1, 10, *s) for s in ((16 * p, 16 * p, C), (), (10,)))
+                dit(z, tau, actions)
+            millions = sum(x.numel() for x in dit.parameters()) / 1e6
+            row = f"DiT-{size:2} C={C:4} p={p} {'wide' * wide:4} {millions:9.3f}"
+            print(row, f"{flops.get_total_flops() / 1e10:7.1f}")
+    print("the paper's DiT-L: 316.5 (C=96), 318.7 (C=1024 wide), 318.8 (C=1152 wide)")
