@@ -24,11 +24,11 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import importlib
 import itertools
 import json
 import math
 import os
+import pydoc
 import re
 import sys
 import warnings
@@ -47,7 +47,7 @@ from tqdm import tqdm
 import data
 from data import InputError
 from diffusion import OBJECTIVES, time_shift
-from dit import SwiGLU, load_dit, merge_views, split_views
+from dit import load_dit, merge_views, split_views
 from encoders import EncoderConfig
 from world_model import PLANNERS, SEARCHED, WorldModel, build_latent_space, candidate_cost
 
@@ -103,7 +103,7 @@ class Args:
     num_frames: int = 8  # predicted frames
     # -- sampler
     objective: Literal["flow_matching", "ddpm"] = "flow_matching"  # of a released model
-    steps: int = 10  # denoising steps
+    steps: int | None = None  # denoising steps (default: the model's, 10)
     guidance: float = 1.0  # 1: no guidance
     context: Literal["exact", "rolling"] = "exact"  # of rollouts longer than the window
     # -- files; a metric whose file is missing is null, with the reason
@@ -200,8 +200,10 @@ def auc(samples: np.ndarray) -> float:
     from scipy.stats import rankdata
 
     label = samples[:, 0] > 0.5
+    if label.all() or not label.any():
+        return math.nan
     wins = rankdata(samples[:, 1])[label] - rankdata(samples[label, 1])
-    return np.divide(wins.mean(), (~label).sum())
+    return wins.mean() / (~label).sum()
 
 
 STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
@@ -600,6 +602,15 @@ class ProbeAttention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
+class SwiGLU(nn.Sequential):
+    """Normalise, widen twofold, gate one half by the other, narrow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, widen, narrow = self
+        gate, value = widen(norm(x)).chunk(2, -1)
+        return narrow(F.silu(gate) * value)
+
+
 class SuccessProbe(nn.Module):
     """Tell from a clip's features whether the task succeeded.
 
@@ -618,7 +629,8 @@ class SuccessProbe(nn.Module):
         self.blocks = nn.ModuleList()
         for _ in range(PROBES[kind]):
             block = {part: ProbeAttention(width) for part in parts}
-            block["mlp"] = nn.Sequential(nn.RMSNorm(width), SwiGLU(width))
+            wide, narrow = nn.Linear(width, 16 * width // 3), nn.Linear(8 * width // 3, width)
+            block["mlp"] = SwiGLU(nn.RMSNorm(width), wide, narrow)
             self.blocks.append(nn.ModuleDict(block))
         self.dropout, self.head = nn.Dropout(0.1), nn.Linear(width, 1)
         if kind == "text":
@@ -888,7 +900,8 @@ class Evaluation:
         count = min(args.num_episodes, len(self.clips))
         self.ids = np.linspace(0, len(self.clips) - 1, count).round().astype(int).tolist()
         infos = [self.clips.info(i) for i in self.ids]
-        self.actions = torch.stack([self.read_actions(i, i["times"]) for i in infos])  # (N, T, A)
+        actions = [self.read(info, info["times"], frames=False)[1].cpu() for info in infos]
+        self.actions = torch.cat(actions)  # (N, T, A)
         if count < 2 or (self.actions == self.actions[:1, :1]).all():
             fault = "only one clip" if count < 2 else "all actions are equal: none can matter"
             raise InputError(f"{where}: {fault}; give other episodes")
@@ -938,15 +951,16 @@ class Evaluation:
         """Walk through this process's share of so many clips."""
         return self.walk(range(self.proc.rank, count, self.proc.world), label)
 
-    def read_actions(self, info: dict, times: np.ndarray) -> Tensor:
-        actions = data.Episode(info["path"]).actions
-        return torch.from_numpy(data.merge_actions(actions, times, self.config.action_merge))
-
-    def read_frames(self, info: dict, times: np.ndarray) -> Tensor:
-        """Read frames (1, [V,] T, H, W, 3) of an episode."""
-        config = self.config
-        x = data.Episode(info["path"]).frames(times, config.views, config.image_size)
-        return torch.from_numpy(x[None] if len(x) > 1 else x).to(self.device).float() / 255
+    def read(self, info: dict, times: np.ndarray, frames: bool = True) -> tuple:
+        """Read an episode at some times: frames (1, [V,] T, H, W, 3), actions (1, T, A)."""
+        episode, config = data.Episode(info["path"]), self.config
+        actions = data.merge_actions(episode.actions, times, config.action_merge)
+        actions = torch.from_numpy(actions)[None].to(self.device)
+        if not frames:
+            return None, actions
+        x = episode.frames(times, config.views, config.image_size)
+        x = torch.from_numpy(x[None] if len(x) > 1 else x).to(self.device)
+        return x.float() / 255, actions
 
     def batches(self, label: str) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
         """Yield this process's batches: clips, their frames, actions and another clip's actions."""
@@ -978,19 +992,15 @@ class Evaluation:
             raise InputError(f"clips {seeds}: the model dreams NaN or infinity; it has diverged")
         return out
 
-    def need_single_frames(self) -> None:
-        if self.space.temporal_stride > 1:
-            raise Unavailable("not measured: this encoder packs two frames into one latent")
-
     def native(self, frames: Tensor | None = None, z: Tensor | None = None) -> Tensor:
         """Give encoder features (B, T, h, V w, C) of real frames, or of dreamed latents z."""
         V, adapter = self.space.num_views, self.space.adapter
         if z is None:
             x = self.space.encoder.encode(frames)
             return merge_views(x) if V > 1 else x
-        if adapter is None:
-            return z
-        x = adapter.decode(split_views(z, V).flatten(0, 1) if V > 1 else z).float()
+        z = split_views(z, V).flatten(0, 1) if V > 1 else z
+        z = z if self.space.mean is None else z * self.space.std + self.space.mean
+        x = adapter.decode(z).float() if adapter else z
         return merge_views(x.unflatten(0, (-1, V))) if V > 1 else x
 
     # -- pixels
@@ -1064,7 +1074,7 @@ class Evaluation:
                 clips["model"],
                 "lower" if "lpips" in row else "higher",
                 beside={kind: clips[kind].nanmean() for kind in KINDS[1:]},
-                minus_shuffled=bootstrap(clips["model"], minus=clips["shuffled"])[:2],
+                minus={k: bootstrap(clips["model"], minus=clips[k])[:2] for k in KINDS[2:]},
                 per_step={kind: store[row, kind].nanmean(0) for kind in KINDS},
             )
         rows |= {name: self.distance(name, sums) for name in nets if name in DISTANCES}
@@ -1098,7 +1108,6 @@ class Evaluation:
         The mean starts at the true actions (the paper's way; it flatters everybody) or at zero;
         beside each stands the same search on random costs.
         """
-        self.need_single_frames()
         args, n, store, faults = self.args, self.n, {}, {}
         cem = {key: getattr(args, key) for key in ("population", "elites", "iterations")}
         for i in self.share(min(args.windows, len(self.ids)), "search"):
@@ -1112,7 +1121,7 @@ class Evaluation:
                 signals = {"no signal": functools.partial(random_cost, random)}
                 true, last = actions[n - 1 : n - 1 + k], actions[n - 1 + k]
                 try:
-                    signals["model"] = candidate_cost(*task, k, noise, last)
+                    signals["model"] = candidate_cost(*task, noise, last)
                     for start, (kind, cost) in itertools.product(("", "_zero"), signals.items()):
                         first = true.clone()
                         first[:, dims] *= start == ""
@@ -1131,14 +1140,13 @@ class Evaluation:
                 size,
                 "lower",
                 beside={"no signal": random.mean()},
-                minus_no_signal=bootstrap(size, minus=random)[:2],
+                minus={"no signal": bootstrap(size, minus=random)[:2]},
                 per_dim=store[row, "model"].abs().mean((0, 1)),
             )
         return rows
 
     def idm(self) -> dict[str, dict]:
         """Train the inverse-dynamics probe per horizon and read the actions off both futures."""
-        self.need_single_frames()
         rows, n = {}, self.n
         for k in self.horizons:
             net, store = self.fit_idm(k), {}
@@ -1223,7 +1231,7 @@ class Evaluation:
         infos, x = self.labelled("train", args.probe_episodes), []
         for info in self.walk(infos, "features"):
             times = self.whole(info)
-            real = self.read_frames(info, times[self.eight(len(times))])
+            real, _ = self.read(info, times[self.eight(len(times))])
             x.append(self.pooled(self.native(real)).half().cpu())
         x, label = torch.cat(x), torch.tensor([float(info["success"]) for info in infos])
         words = np.array([info["language"] for info in infos])
@@ -1260,16 +1268,15 @@ class Evaluation:
 
     def probe(self) -> dict[str, dict]:
         """Judge real and dreamed test episodes by the probes that learned from real ones."""
-        self.need_single_frames()
         infos, store, rows = self.labelled(self.args.split, self.args.num_episodes), {}, {}
         self.fit_probes()
         for i in self.share(len(infos), "probe"):
             info, times = infos[i], self.whole(infos[i])
             seen, label = self.eight(len(times)), torch.tensor(float(infos[i]["success"]))
-            z = self.space.encode(self.read_frames(info, times[: self.n]))
-            z = self.dream(z, self.read_actions(info, times)[None].to(self.device), [i])
-            features = {"model": self.native(z=z[:, seen])}
-            features["real"] = self.native(self.read_frames(info, times[seen]))
+            known, real = (self.read(info, t)[0] for t in (times[: self.n], times[seen]))
+            actions = self.read(info, times, frames=False)[1]
+            z = self.dream(self.space.encode(known), actions, [i])[:, seen]
+            features = {"model": self.native(z=z), "real": self.native(real)}
             for net, source in itertools.product(self.probes.values(), features):
                 text = self.read_text(net.kind, [info["language"]])
                 score = net.judge(self.pooled(features[source]), text)[0].cpu()
@@ -1285,7 +1292,6 @@ class Evaluation:
 
     def policy(self) -> dict[str, dict]:
         """Let a policy act inside the dream; the probe that validated best counts successes."""
-        self.need_single_frames()
         args, store = self.args, {}
         infos = self.labelled(args.split, args.policy_starts)
         if not self.probes:
@@ -1293,7 +1299,7 @@ class Evaluation:
         net = max(self.probes.values(), key=lambda net: net.validation)
         for i in self.share(len(infos), "policy"):
             sentence = infos[i]["language"]
-            known = self.read_frames(infos[i], self.whole(infos[i])[: self.n])
+            known, _ = self.read(infos[i], self.whole(infos[i])[: self.n])
             known = known.expand(args.policy_trials, *known.shape[1:])
             random = torch.Generator().manual_seed(args.seed + i)
             act = functools.partial(self.act, sentence=sentence)
@@ -1313,9 +1319,18 @@ class Evaluation:
         """Open what a metric needs before any work is done, or raise Unavailable."""
         if name == "probe_text":
             return load_text(self.args.text_weights, self.device)
+        if name in PIXELS:
+            return self.open_metric(name)
+        if self.space.temporal_stride > 1:
+            raise Unavailable(f"{name}: this encoder packs two frames into one latent")
+        if name == "policy" and not self.args.policy:
+            raise Unavailable("policy: name the function to act with, --policy module:function")
         if name == "policy":
-            return load_policy(self.args.policy)
-        return self.open_metric(name) if name in PIXELS else None
+            sys.path.insert(0, os.getcwd())
+            function = pydoc.locate(self.args.policy.replace(":", "."))
+            if function is None:
+                raise InputError(f"--policy {self.args.policy}: there is no such function")
+            return function
 
     def run(self) -> None:
         """Measure group by group; what an earlier run finished is not measured again."""
@@ -1372,39 +1387,25 @@ class Evaluation:
             print(line, *beside, row.get("note", ""), sep="  ")
 
 
-def load_policy(name: str | None) -> Callable:
-    """Import `module:function`."""
-    if name is None:
-        raise Unavailable("policy: name the function to act with, --policy module:function")
-    module, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"--policy {name}: cannot be imported ({error})") from error
-
-
 def in_words(metrics: dict[str, dict]) -> list[str]:
     """Say whether the model listens to its actions and whether it is better than a copy."""
     lines = []
     for name, row in metrics.items():
-        sign = 1 if row.get("better") == "higher" else -1
-        if name in ("psnr", "ssim", "lpips") and (row.get("minus_shuffled") or [0, 0])[1]:
-            gain = sorted(sign * x for x in row["minus_shuffled"][1])
-            lines.append(
-                f"The model {'listens to' if gain[0] > 0 else 'ignores'} its actions: {name} is "
-                f"{show(row['value'])} with the recorded ones, {show(row['beside']['shuffled'])} "
-                f"with another clip's (paired gain: {show(gain[0])} to {show(gain[1])})."
-            )
-            if sign * (row["value"] - row["beside"]["copy"]) <= 0:
+        sign, value, beside = (1 if row.get("better") == "higher" else -1), row["value"], {}
+        for kind, (_, interval) in row.get("minus", {}).items():
+            if interval is not None:  # kind: [its value, is the gain over it sure?]
+                beside[kind] = show(row["beside"][kind]), min(sign * x for x in interval) > 0
+        if name in ("psnr", "ssim", "lpips") and "shuffled" in beside:
+            other, listens = beside["shuffled"]
+            verb = "listens to" if listens else "ignores"
+            with_other = f"{show(value)} with the recorded ones, {other} with another clip's"
+            lines.append(f"The model {verb} its actions: {name} is {with_other}.")
+            if not beside["copy"][1]:
                 lines.append(f"By {name} it is no better than repeating the last known frame.")
-        elif (row.get("minus_no_signal") or [0, 0])[1]:
-            useful = row["minus_no_signal"][1][1] < 0
-            lines.append(
-                f"{name}: searching through the model {'finds' if useful else 'does not find'} "
-                f"actions: error {show(row['value'])}, {show(row['beside']['no signal'])} when costs "
-                f"are random{'.' if useful else ', as of a model that ignores its actions.'}"
-            )
+        if "no signal" in beside:
+            random, useful = beside["no signal"]
+            verb = "finds actions" if useful else "finds none, as if the model ignored its actions"
+            lines.append(f"{name} {verb}: error {show(value)}, {random} when costs are random.")
     return lines
 
 
@@ -1446,13 +1447,14 @@ def compare(args: Args) -> None:
         rows = {name: [run["metrics"][m] for m in names] for name, run in runs.items()}
         higher = [row["better"] == "higher" for row in rows[args.compare[0]]]
         values = np.array([[cell["value"] for cell in row] for row in rows.values()])
-        best, ranks = np.where(higher, values.max(0), values.min(0)), borda(values, higher)
+        best = np.where(higher, values.max(0), values.min(0)).tolist()
+        ranks = borda(values, higher).tolist()
         arrows = [f"{m} {'up' if up else 'down'}" for m, up in zip(names, higher, strict=True)]
         table, gaps = [[axis, *arrows, "Borda"]], [[f"minus {args.compare[0]}", *names]]
         for name, rank in zip(rows, ranks, strict=True):
             cells = [row["value"] for row in rows[name]]
             marks = [
-                "**" * (v == b) for v, b in zip([*cells, rank], [*best, ranks.min()], strict=True)
+                "**" * (v == b) for v, b in zip([*cells, rank], [*best, min(ranks)], strict=True)
             ]
             texts = [*map(show, cells), f"{rank:g}"]
             table.append([name, *(m + t + m for m, t in zip(marks, texts, strict=True))])

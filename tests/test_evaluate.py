@@ -1,14 +1,26 @@
 """Claims of evaluate.py: metrics against their definitions, protocols against known answers."""
 
+import itertools
+import json
 import math
+import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch import nn
 
+import data
 import evaluate
+from diffusion import FlowMatching
+from dit import DiT, DiTConfig
+from encoders import EncoderConfig, create_autoencoder
 from evaluate import FrechetSums, bootstrap, frechet_distance
+from world_model import LatentSpace, WorldModel, save_world_model
 
 CPU = torch.device("cpu")
 
@@ -85,24 +97,23 @@ def test_missing_weights_name_the_file_the_url_and_the_place(tmp_path, monkeypat
         "lpips": lambda: evaluate.load_lpips(tmp_path, CPU),
         "fid": lambda: evaluate.load_inception("fid", tmp_path, CPU),
         "fid_tv": lambda: evaluate.load_inception("fid_tv", tmp_path, CPU),
-        "fvd": lambda: evaluate.load_i3d("", tmp_path, CPU),
+        "fvd": lambda: evaluate.load_i3d(None, tmp_path, CPU),
         "fvd_r3d": lambda: evaluate.load_r3d(tmp_path, CPU),
-        "t_lpips": lambda: evaluate.load_flow(tmp_path, CPU),
-        "pck": lambda: evaluate.load_cotracker("", CPU),
+        "t_lpips": lambda: evaluate.load_t_lpips(tmp_path, CPU),
+        "pck": lambda: evaluate.load_cotracker(None, CPU),
     }
     for metric, load in loaders.items():
         with pytest.raises(evaluate.Unavailable) as caught:
             load()
-        name, url = evaluate.WEIGHTS[metric]
-        assert (
-            caught.value.url == url and name in caught.value.path and metric in caught.value.reason
-        )
+        row, url = caught.value.row, evaluate.WEIGHTS[metric]
+        assert row["value"] is None and row["url"] == url and metric in row["reason"]
+        assert Path(row["path"]).name == Path(url).name and url in str(caught.value)
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
     from torchvision.models import alexnet
 
-    torch.save(alexnet().state_dict(), tmp_path / evaluate.WEIGHTS["fid"][0])
+    torch.save(alexnet().state_dict(), tmp_path / Path(evaluate.WEIGHTS["fid"]).name)
     with pytest.raises(evaluate.InputError, match="do not fit Inception3"):
         evaluate.load_inception("fid", tmp_path, CPU)
 
@@ -116,7 +127,7 @@ def fid_weights(tmp_path_factory):
     net = randomised(inception_v3(num_classes=1008, aux_logits=False, init_weights=False))
     state = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     folder = tmp_path_factory.mktemp("weights")
-    torch.save(state, folder / evaluate.WEIGHTS["fid"][0])
+    torch.save(state, folder / Path(evaluate.WEIGHTS["fid"]).name)
     return folder
 
 
@@ -125,7 +136,7 @@ def test_fid_features_are_those_of_the_2015_network(fid_weights):
     from torchvision.models import inception_v3
 
     net = inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
-    state = torch.load(fid_weights / evaluate.WEIGHTS["fid"][0])
+    state = torch.load(fid_weights / Path(evaluate.WEIGHTS["fid"]).name)
     net.load_state_dict(state, strict=False)
     net.eval()
 
@@ -170,7 +181,7 @@ def test_fid_features_are_those_of_the_2015_network(fid_weights):
 
 def test_fid_features_are_those_of_the_pytorch_fid_package(fid_weights, monkeypatch):
     inception = pytest.importorskip("pytorch_fid.inception")
-    path = fid_weights / evaluate.WEIGHTS["fid"][0]
+    path = fid_weights / Path(evaluate.WEIGHTS["fid"]).name
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *a, **k: torch.load(path))
     frames = torch.rand(2, 80, 64, 3)
     with torch.no_grad():
@@ -182,13 +193,69 @@ def test_fid_features_are_those_of_the_pytorch_fid_package(fid_weights, monkeypa
 def test_r3d_sees_the_last_frame_repeated_to_sixteen(tmp_path):
     from torchvision.models.video import r3d_18
 
-    torch.save(r3d_18().state_dict(), tmp_path / evaluate.WEIGHTS["fvd_r3d"][0])
+    torch.save(r3d_18().state_dict(), tmp_path / Path(evaluate.WEIGHTS["fvd_r3d"]).name)
     features = evaluate.load_r3d(tmp_path, CPU)
     clip = torch.rand(1, 3, 32, 32, 3)
     with torch.no_grad():
         out = features(clip)
         by_hand = features(torch.cat([clip, clip[:, -1:].repeat(1, 13, 1, 1, 1)], 1))
     assert out.shape == (1, 512) and torch.equal(out, by_hand)
+
+
+class Brightness(nn.Module):
+    """Stand-in for I3D: checks what it is given, returns mean colours."""
+
+    def forward(self, x, rescale: bool, resize: bool, return_features: bool):
+        assert x.shape[2] == 16 and rescale and resize and return_features
+        return x.mean((2, 3, 4))
+
+
+def test_i3d_gets_sixteen_frames_of_0_to_255_channels_first(tmp_path):
+    path = tmp_path / "i3d.pt"
+    torch.jit.script(Brightness()).save(str(path))
+    clips = torch.rand(2, 16, 8, 8, 3)
+    out = evaluate.load_i3d(str(path), tmp_path, CPU)(clips)
+    torch.testing.assert_close(out, 255 * clips.mean((1, 2, 3)))
+    path.write_bytes(b"broken")
+    with pytest.raises(evaluate.InputError, match="no TorchScript archive"):
+        evaluate.load_i3d(str(path), tmp_path, CPU)
+
+
+def test_cotracker_is_asked_for_points_of_the_first_frame(tmp_path):
+    (tmp_path / "hubconf.py").write_text(
+        "import torch\n"
+        "class Tracker(torch.nn.Module):\n"
+        "    def forward(self, video, queries):\n"
+        "        assert video.shape[2] == 3 and video.max() > 1 and (queries[..., 0] == 0).all()\n"
+        "        tracks = queries[:, None, :, 1:].expand(-1, video.shape[1], -1, -1)\n"
+        "        return tracks, torch.ones(tracks.shape[:-1])\n"
+        "def cotracker3_offline(pretrained=True):\n"
+        "    return Tracker()\n"
+    )
+    track = evaluate.load_cotracker(str(tmp_path), CPU)
+    points = evaluate.grid_points(32, 32, side=3)
+    tracks, visible = track(torch.rand(2, 4, 32, 32, 3), points)
+    assert torch.equal(tracks, points.expand(2, 4, 9, 2)) and visible.dtype == torch.bool
+    with pytest.raises(evaluate.Unavailable, match="no hubconf.py"):
+        evaluate.load_cotracker(str(tmp_path / "elsewhere"), CPU)
+
+
+def test_t_lpips_compares_changes_along_the_real_flow(tmp_path, monkeypatch):
+    flow = torch.tensor([2.0, 0.0]).view(1, 2, 1, 1)
+    monkeypatch.setattr(
+        evaluate, "load_network", lambda *_: lambda a, b: [flow.expand(len(a), 2, *a.shape[2:])]
+    )
+    monkeypatch.setattr(
+        evaluate, "load_lpips", lambda *_: lambda x, y: (x - y)[:, :, :4].abs().mean((1, 2, 3))
+    )
+    real = torch.rand(1, 1, 8, 8, 3).repeat(1, 3, 1, 1, 1)
+    for t in range(3):  # a pattern that moves two pixels to the right each frame
+        real[:, t] = real[:, 0].roll(2 * t, 2)
+    video = real.clone()
+    video[:, 2] += 0.25
+    change = evaluate.load_t_lpips(tmp_path, CPU)(real, video)
+    assert change.shape == (1, 2)
+    assert change[0].tolist() == pytest.approx([0.0, 0.25], abs=1e-5)
 
 
 def test_warp_fetches_each_pixel_from_where_the_flow_points():
@@ -295,8 +362,8 @@ def test_pck_counts_points_seen_in_both_videos():
     seen_g[0, 1, 3] = False
     out = evaluate.pck((real, seen), (generated, seen_g), scale=1.0)
     assert [out[f"@{p}"][0, 1].item() for p in (5, 10)] == pytest.approx([1 / 3, 1.0])
-    assert [out[f"moving@{p}"][0, 1].item() for p in (5, 10)] == [0.0, 1.0]
-    assert out["coverage"][0].tolist() == out["coverage_generated"][0].tolist() == [1.0, 0.75]
+    assert [out[f"_moving@{p}"][0, 1].item() for p in (5, 10)] == [0.0, 1.0]
+    assert out["_coverage"][0].tolist() == out["_coverage_generated"][0].tolist() == [1.0, 0.75]
     doubled = evaluate.pck((real, seen), (generated, seen_g), scale=2.0)
     assert doubled["@10"][0, 1].item() == pytest.approx(1 / 3)
     seen_g[:] = False
@@ -308,27 +375,27 @@ def test_pck_counts_points_seen_in_both_videos():
 
 def test_bootstrap_interval_is_that_of_the_normal_mean():
     samples = np.random.default_rng(0).normal(3, 2, size=400)
-    value, (low, high) = bootstrap(samples)
+    value, (low, high), n = bootstrap(samples)
     half = 1.96 * samples.std() / 20
     assert value == pytest.approx(samples.mean())
     assert high - value == pytest.approx(half, rel=0.15) and value - low == pytest.approx(
         half, rel=0.15
     )
-    assert bootstrap(samples) == bootstrap(samples) != bootstrap(samples, seed=1)
+    assert n == 400 and bootstrap(samples) == bootstrap(samples)
 
 
 def test_paired_differences_are_tighter_than_the_runs_themselves():
     random = np.random.default_rng(0)
     a = random.normal(20, 3, size=100)
     b = a - 0.5 + random.normal(0, 0.1, size=100)
-    value, (low, high) = bootstrap(a, minus=b)
+    value, (low, high), _ = bootstrap(a, minus=b)
     assert low < 0.5 < high and high - low < 0.1 and value == pytest.approx((a - b).mean())
 
 
 def test_clips_without_a_value_do_not_count():
-    assert bootstrap([1.0, math.nan, 3.0])[0] == 2.0
+    assert bootstrap([1.0, math.nan, 3.0])[::2] == (2.0, 2)
     assert bootstrap([math.nan])[1] is None and math.isnan(bootstrap([math.nan])[0])
-    assert bootstrap([4.0]) == (4.0, None)
+    assert bootstrap([4.0]) == (4.0, None, 1)
 
 
 def test_auc_is_the_chance_that_a_success_outscores_a_failure():
@@ -351,7 +418,9 @@ def test_correlation_from_moments_is_that_of_the_values():
     y = random.normal(size=(30, 4, 2))
     x = 0.5 * y + random.normal(size=y.shape) + 1
     y[..., 1] = 0.7  # a dimension that never changes has no correlation
-    r, r2 = evaluate.pearson_per_dim(evaluate.action_moments(x, y))
+    r, r2 = evaluate.pearson_per_dim(
+        evaluate.action_moments(torch.tensor(x), torch.tensor(y)).numpy()
+    )
     assert r[0] == pytest.approx(np.corrcoef(x[..., 0].ravel(), y[..., 0].ravel())[0, 1])
     flat_x, flat_y = x[..., 0].ravel(), y[..., 0].ravel()
     expected = 1 - ((flat_x - flat_y) ** 2).sum() / ((flat_y - flat_y.mean()) ** 2).sum()
@@ -362,3 +431,409 @@ def test_correlation_from_moments_is_that_of_the_values():
 def test_borda_sums_the_ranks_and_ties_share():
     values = [[30.0, 0.1], [28.0, 0.1], [25.0, 0.3]]  # PSNR up, LPIPS down
     assert evaluate.borda(np.array(values), [True, False]).tolist() == [2.5, 3.5, 6.0]
+
+
+# -- a linear world: what a search, a probe and a rollout must find is known
+
+
+def waves():
+    """Ten smooth grey patterns (10, 16, 16, 3): JPEG keeps them."""
+    x = (torch.arange(16) + 0.5) * math.pi / 16
+    rows = [
+        torch.cos(i * x)[:, None] * torch.cos(j * x)
+        for i, j in itertools.product(range(4), repeat=2)
+    ]
+    return 0.05 * torch.stack(rows[1:11]).unsqueeze(-1).expand(10, 16, 16, 3)
+
+
+class LinearWorld(nn.Module):
+    """A perfect model of z' = z + action @ waves, with the interface of a DiT; or a deaf one."""
+
+    def __init__(self, deaf=False):
+        super().__init__()
+        self.config = DiTConfig(in_channels=48, dim=64, depth=1, heads=1, max_frames=10)
+        encoder = create_autoencoder(EncoderConfig(patch_size=4))
+        moves = encoder.encode(waves()[:, None] + 0.5) - encoder.encode(
+            torch.full((1, 1, 16, 16, 3), 0.5)
+        )
+        self.register_buffer("moves", moves[:, 0] * (not deaf))
+
+    def forward(self, z, tau, actions):
+        target = z + torch.einsum("bta,ahwc->bthwc", actions, self.moves)
+        target = torch.cat([z[:, :1], target[:, :-1]], 1)
+        return (z - target) / tau[:, :, None, None, None]
+
+
+def write_world(folder, seed=0, success=True, constant=False):
+    """Write episodes of the linear world: 14 frames of 16 px; the successful ones are brighter."""
+    random, patterns, splits = np.random.default_rng(seed), waves().numpy(), {}
+    for split, count in (("train", 30), ("test", 12)):
+        for i in range(count):
+            actions = np.zeros((14, 10), np.float32)
+            actions[:, :7] = random.uniform(-1, 1, (14, 7)) * (not constant)
+            moves = np.tensordot(actions, patterns, 1)
+            frames = np.cumsum([np.full((16, 16, 3), 0.42 + 0.16 * (i % 2)), *moves[:-1]], 0)
+            path = folder / "linear" / split / f"{i:09d}.safetensors"
+            meta = {"language": "brighten", "success": bool(i % 2) if success else None, "fps": 5}
+            pixels = (frames * 255).round().clip(0, 255).astype(np.uint8)
+            splits.setdefault(split, []).append(data.write_episode(path, pixels, actions, meta))
+    head = {"dataset": "linear", "fps": 5, "action_mapping": "bridge", "image_size": 16}
+    data.append_index(folder / "linear", head)
+    data.append_index(folder / "linear", {"shard": "0", "episodes": splits})
+
+
+def linear_model(deaf=False):
+    space = LatentSpace(create_autoencoder(EncoderConfig(patch_size=4)))
+    stored = {"image_size": 16, "stride": 1, "num_history": 2, "action_merge": "drop"}
+    stored |= {"action_mapping": "bridge", "fps": 5}
+    return WorldModel.from_parts(LinearWorld(deaf), FlowMatching(steps=2), space, stored, "cpu")
+
+
+SEARCH = {"windows": 6, "population": 60, "elites": 10, "iterations": 3, "horizons": "1"}
+
+
+@pytest.fixture
+def measure_world(tmp_path, monkeypatch):
+    """Return a function that measures a linear world with given flags: results.json as a dict."""
+    torch.set_grad_enabled(False)
+    write_world(tmp_path / "data")
+
+    def run(deaf=False, world=(0, 1), **flags):
+        torch.manual_seed(0)
+        monkeypatch.setattr(evaluate, "open_model", lambda *_: linear_model(deaf))
+        options = dict(dataset_dir=str(tmp_path / "data"), subset_names="linear", num_workers=0)
+        options |= dict(output_dir=str(tmp_path / "out"), num_episodes=12, num_frames=4)
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "none"))
+        options |= dict(weights_dir=str(tmp_path / "none")) | flags
+        args = evaluate.Args(**options)
+        evaluate.Evaluation(args, data.Processes(*world, 0, CPU)).run()
+        return json.loads((Path(args.output_dir) / "results.json").read_text())
+
+    yield run
+    torch.set_grad_enabled(True)
+
+
+def values(results, *names):
+    return [results["metrics"][name]["value"] for name in names]
+
+
+def test_a_perfect_model_reaches_the_ceiling_and_needs_its_actions(measure_world, capsys):
+    rows = measure_world(metrics="psnr,ssim,ssim_y,pck_patch,lpips")["metrics"]
+    for name in ("psnr", "ssim", "ssim_y"):
+        row = rows[name]
+        beside, gain = row["beside"], row["minus"]["shuffled"]
+        assert row["value"] > beside["copy"] and gain[0] > 0 and gain[1][0] > 0
+        assert row["n"] == 12 and row["ci"][0] < row["value"] < row["ci"][1]
+        assert len(row["per_step"]["model"]) == 4 and len(row["samples"]) == 12
+    assert rows["psnr"]["beside"]["ceiling"] == 100  # patches are exact
+    assert rows["psnr"]["value"] > 40  # JPEG noise of the context
+    assert rows["lpips"]["value"] is None and "alexnet" in rows["lpips"]["path"]
+    said = capsys.readouterr().out
+    assert "The model listens to its actions: psnr" in said and "null: lpips needs" in said
+
+
+def test_distances_are_zero_for_the_ceiling_and_grow_for_the_copy(measure_world, monkeypatch):
+    def colours(metric, folder, device):
+        return lambda frames: frames.flatten(1)[:, ::97]
+
+    monkeypatch.setattr(evaluate, "load_inception", colours)
+    monkeypatch.setattr(evaluate, "load_r3d", lambda *_: lambda clips: clips.flatten(1)[:, ::997])
+    rows = measure_world(metrics="fid,fvd_r3d")["metrics"]
+    for name, n in (("fid", 12 * 4), ("fvd_r3d", 12)):
+        row = rows[name]
+        assert row["beside"]["ceiling"] < 1e-6 < row["value"] < row["beside"]["copy"]
+        assert row["n"] == n and row["ci"] is None and row["better"] == "lower"
+    assert "note" not in rows["fid"] or rows["fid"]["n"] <= 2 * 8
+
+
+def test_a_distance_of_few_samples_is_marked_as_biased(measure_world, monkeypatch):
+    features = lambda *_: lambda frames: frames.flatten(1)[:, ::7]  # noqa: E731
+    monkeypatch.setattr(evaluate, "load_inception", features)
+    assert "biased upward" in measure_world(metrics="fid")["metrics"]["fid"]["note"]
+
+
+def test_pictures_are_drawn_and_show_real_dreamed_and_difference(measure_world, tmp_path):
+    measure_world(metrics="psnr,ssim")
+    gif = Image.open(tmp_path / "out" / "samples.gif")
+    assert gif.size == (3 * 16, 4 * 16) and gif.n_frames == 6  # four clips of 2 + 4 frames
+    png = np.asarray(Image.open(tmp_path / "out" / "horizon.png").convert("RGB")).astype(int)
+    blue = (np.abs(png - (0x1F, 0x5F, 0xA8)).sum(-1) < 30).any(1)  # the model's curve
+    assert blue[60:].any() and png.shape[1] == 1080
+
+
+def test_a_deaf_model_scores_like_no_signal_and_the_report_says_so(measure_world, capsys):
+    rows = measure_world(deaf=True, metrics="psnr,controllability", **SEARCH)["metrics"]
+    assert rows["psnr"]["minus"]["shuffled"][0] == 0
+    row = rows["cem_k1_zero"]
+    low, high = row["minus"]["no signal"][1]
+    assert low < 0 < high and row["value"] > 1
+    said = capsys.readouterr().out
+    assert "The model ignores its actions: psnr" in said
+    assert "no better than repeating the last known frame" in said
+    assert "cem_k1_zero finds none, as if the model ignored its actions" in said
+
+
+def test_cem_finds_the_actions_of_a_linear_world(measure_world, capsys):
+    flags = SEARCH | {"population": 200, "elites": 20, "iterations": 10, "horizons": "1,2"}
+    rows = measure_world(metrics="controllability", **flags)["metrics"]
+    for name in ("cem_k1", "cem_k1_zero", "cem_k2", "cem_k2_zero"):
+        row = rows[name]
+        assert row["value"] < 0.35 < 1 < row["beside"]["no signal"]  # JPEG noise bounds it below
+        assert len(row["per_dim"]) == 7 and row["minus"]["no signal"][1][1] < 0
+    assert "cem_k1_zero finds actions" in capsys.readouterr().out
+
+
+def test_gradient_and_grid_search_report_their_errors_and_limits(measure_world):
+    rows = measure_world(
+        metrics="controllability", searches="gradient,grid", windows=2, horizons="1,4"
+    )["metrics"]
+    assert rows["gradient_k1"]["value"] < 0.1  # starts at the truth and stays
+    assert rows["gradient_k1_zero"]["value"] < rows["gradient_k1_zero"]["beside"]["no signal"]
+    assert rows["grid_k1"]["value"] == rows["grid_k1_zero"]["value"] < 1
+    assert rows["grid_k4"]["value"] is None and "candidates" in rows["grid_k4"]["reason"]
+
+
+def test_inverse_dynamics_reads_actions_off_real_and_dreamed_futures(measure_world):
+    flags = {"max_steps": 250, "probe_width": 64, "horizons": "1"}
+    row = measure_world(metrics="idm", **flags)["metrics"]["idm_r_k1"]
+    assert row["beside"]["real"] > 0.5 and row["value"] > 0.5 and row["ci"][0] < row["value"]
+    assert len(row["per_dim"]["r2"]) == 6
+
+
+def test_success_probes_tell_bright_episodes_real_and_dreamed(measure_world):
+    rows = measure_world(metrics="probe", max_steps=40, probe_width=32)["metrics"]
+    assert rows["probe_text"]["value"] is None and "siglip2" in rows["probe_text"]["url"]
+    for kind in ("linear", "temporal", "spatiotemporal", "progress"):
+        for name in ("accuracy", "balanced_accuracy", "auc"):
+            row = rows[f"probe_{kind}_{name}"]
+            assert row["value"] > 0.8 and row["beside"]["real"] > 0.8, (kind, name)
+
+
+class RecordedPolicy:
+    sentences: set = set()
+
+
+def stand_still(frames, sentence):
+    RecordedPolicy.sentences.add((sentence, *frames.shape[1:]))
+    return torch.zeros(len(frames), 10)
+
+
+def test_a_policy_that_stands_still_wins_where_the_start_was_bright(measure_world):
+    flags = {"policy": "test_evaluate:stand_still", "policy_steps": 8, "policy_trials": 2}
+    flags |= {"max_steps": 40, "probe_width": 32}
+    row = measure_world(metrics="policy", policy_starts=4, **flags)["metrics"]["success_rate"]
+    assert row["value"] == 0.5 and row["n"] == 4 and row["trials"] == 2
+    assert row["standard_error"] == pytest.approx(math.sqrt(0.25 / 8))
+
+
+def test_text_probe_reads_the_instruction():
+    probe = evaluate.SuccessProbe("text", 6, width=32, text_dim=5).eval()
+    features, text = torch.randn(2, 8, 16, 6), torch.randn(2, 4, 5)
+    assert probe.judge(features, text).shape == (2,)
+    assert not torch.allclose(probe.judge(features, text), probe.judge(features, text.flip(0)))
+    assert sum(p.numel() for p in probe.blocks.parameters()) > 0 and len(probe.blocks) == 6
+
+
+def test_progress_is_judged_by_the_last_frame_with_a_threshold_of_its_own():
+    probe = evaluate.SuccessProbe("progress", channels=6, width=32)
+    scores, label = torch.tensor([-3.0, -2.0, -1.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 1.0])
+    assert probe.choose_threshold(scores, label) == (1.0, 1.0) and probe.threshold == -1.5
+    linear = evaluate.SuccessProbe("linear", channels=6, width=32)
+    assert linear.choose_threshold(scores, label) == (0.5, 1.0) and linear.threshold == 0
+
+
+def test_probes_keep_the_weights_that_validate_best():
+    net = nn.Linear(1, 1)
+    seen = []
+
+    def score(net):
+        seen.append((-abs(len(seen) - 3), net.weight.item()))
+        return seen[-1][0]
+
+    torch.set_grad_enabled(True)
+    evaluate.fit(net, lambda net: net(torch.ones(1, 1)).sum(), score, 20, 0.1, "")
+    assert len(seen) == 10 and net.weight.item() == seen[3][1] != seen[-1][1]
+
+
+# -- runs, resumed, shared and compared
+
+
+def test_a_second_run_measures_only_what_is_missing(measure_world, monkeypatch):
+    first = measure_world(metrics="psnr,lpips")
+    assert first["finished"] == ["psnr"]
+    monkeypatch.setattr(evaluate, "psnr", None)  # would fail if it were called again
+    second = measure_world(metrics="psnr,ssim,lpips")
+    assert second["finished"] == ["psnr", "ssim"]
+    assert second["metrics"]["psnr"] == first["metrics"]["psnr"]
+    with pytest.raises(evaluate.InputError, match="measured with other seed"):
+        measure_world(metrics="psnr", seed=1)
+
+
+def measure_in_process(rank, world, folder):
+    """Measure a part of the linear world in a process of its own (started by spawn)."""
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29731")
+    evaluate.open_model = lambda *_: linear_model()
+    proc = data.init_processes("cpu")
+    args = evaluate.Args(
+        metrics="psnr,pck_patch,controllability",
+        dataset_dir=f"{folder}/data",
+        subset_names="linear",
+        output_dir=f"{folder}/{world}",
+        num_episodes=12,
+        num_frames=4,
+        num_workers=0,
+        batch_size=5,
+        **SEARCH,
+    )
+    evaluate.Evaluation(args, proc).run()
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path):
+    write_world(tmp_path / "data")
+    for world in (1, 2):
+        torch.multiprocessing.spawn(measure_in_process, (world, str(tmp_path)), nprocs=world)
+    one, two = (json.loads((tmp_path / f"{n}/results.json").read_text()) for n in (1, 2))
+    assert one["metrics"].keys() == two["metrics"].keys()
+    for name, row in one["metrics"].items():
+        assert two["metrics"][name]["n"] == row["n"]
+        expected = pytest.approx(np.array(row["samples"], dtype=float), rel=1e-4, nan_ok=True)
+        assert np.array(two["metrics"][name]["samples"], dtype=float) == expected, name
+
+
+def test_strict_refuses_missing_weights_before_any_work(measure_world):
+    with pytest.raises(evaluate.Unavailable, match="alexnet.*fetch"):
+        measure_world(metrics="psnr,lpips", strict=True)
+
+
+def test_compare_ranks_runs_and_marks_the_best(measure_world, tmp_path, monkeypatch, capsys):
+    for name, deaf in (("good", False), ("deaf", True)):
+        measure_world(deaf, metrics="psnr,ssim", output_dir=str(tmp_path / name))
+    folders = (str(tmp_path / "deaf"), str(tmp_path / "good"))
+    evaluate.compare(evaluate.Args(compare=folders, output_dir=str(tmp_path / "table")))
+    text = (tmp_path / "table" / "compare.md").read_text()
+    best = [line for line in text.splitlines() if line.startswith(f"| {folders[1]}")]
+    assert best[0].count("**") == 6 and best[0].endswith("| **2** |")  # psnr, ssim, Borda
+    assert best[1].count("**") == 4 and "+" in best[1]  # both differences exclude zero
+    assert (tmp_path / "table" / "compare.png").stat().st_size > 1000
+
+
+# -- errors
+
+
+def test_unlabelled_episodes_have_no_success_probe(measure_world, tmp_path):
+    write_world(tmp_path / "plain", success=False)
+    flags = {"metrics": "probe,policy", "policy": "test_evaluate:stand_still"}
+    rows = measure_world(dataset_dir=str(tmp_path / "plain"), **flags)["metrics"]
+    for name in ("probe", "policy"):
+        assert rows[name]["value"] is None and "no success labels" in rows[name]["reason"]
+
+
+def test_constant_actions_are_refused(measure_world, tmp_path):
+    write_world(tmp_path / "still", constant=True)
+    with pytest.raises(evaluate.InputError, match="all actions are equal"):
+        measure_world(dataset_dir=str(tmp_path / "still"), metrics="psnr")
+
+
+def test_an_empty_split_is_refused(measure_world):
+    with pytest.raises(evaluate.InputError, match="no usable episode in split 'nowhere'"):
+        measure_world(split="nowhere")
+
+
+def test_a_diverged_model_is_refused(measure_world, monkeypatch):
+    forward = LinearWorld.forward
+    monkeypatch.setattr(LinearWorld, "forward", lambda *a: forward(*a) * math.nan)
+    with pytest.raises(evaluate.InputError, match="NaN"):
+        measure_world(metrics="psnr")
+
+
+PUBLISHED = (
+    "evaluate.py --model_preset DiT-S_WEBSSL_WIDE --dataset_dir ./data --subset_names bridge_v2 "
+    "--metrics psnr,ssim,lpips,fvd,pck,controllability"
+)
+
+
+def test_the_published_command_parses_and_toy_swaps_the_defaults(monkeypatch):
+    monkeypatch.setattr(sys, "argv", PUBLISHED.split())
+    args = data.parse_args(evaluate.Args, toy=evaluate.TOY)
+    assert (args.model_preset, args.num_episodes) == ("DiT-S_WEBSSL_WIDE", 1000)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "toy", "--strict", "true"])
+    args = data.parse_args(evaluate.Args, toy=evaluate.TOY)
+    assert args.strict is True and args.subset_names == "toy" and args.max_steps < 2000
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--compare", "a", "b"])
+    assert data.parse_args(evaluate.Args, toy=evaluate.TOY).compare == ("a", "b")
+
+
+def test_the_command_measures_a_checkpoint_and_writes_beside_it(tmp_path, monkeypatch, capsys):
+    write_world(tmp_path / "data")
+    stored = {"image_size": 16, "stride": 2, "num_history": 2, "action_merge": "drop"}
+    space = LatentSpace(create_autoencoder(EncoderConfig(patch_size=4)))
+    dit = DiT(DiTConfig(in_channels=48, dim=32, depth=1, heads=1, max_frames=6))
+    path = tmp_path / "run" / "world_model.safetensors"
+    flags = "--num_episodes 4 --num_workers 0 --num_frames 4 --horizons 1 --metrics psnr"
+    command = f"evaluate.py --checkpoint_path {path} --dataset_dir {tmp_path / 'data'} {flags}"
+    monkeypatch.setattr(sys, "argv", f"{command} --subset_names linear".split())
+    for mapping in ("bridge", "toy"):
+        known = stored | {"action_mapping": mapping, "fps": 5}
+        save_world_model(path, dit, FlowMatching(), space, known)
+        if mapping == "bridge":
+            evaluate.main()
+            assert "The model ignores its actions" in capsys.readouterr().out  # it is untrained
+            assert {p.name for p in path.parent.iterdir()} == {
+                *("world_model.safetensors", "results.json", "horizon.png", "samples.gif")
+            }
+        else:
+            with pytest.raises(evaluate.InputError, match="actions are mapped as 'bridge'"):
+                evaluate.main()
+    torch.set_grad_enabled(True)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"metrics": "psnr,fdi"},
+        {"searches": "random"},
+        {"horizons": "0"},
+        {"horizons": "9"},
+        {"num_episodes": 1},
+        {"elites": 500},
+        {"probe_width": 100},
+        {"batch_size": 0},
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(flags):
+    with pytest.raises(ValueError, match=next(iter(flags))):
+        evaluate.Args(**flags)
+
+
+def test_a_preset_names_its_files_and_where_to_fetch_them(tmp_path):
+    args = evaluate.Args(model_preset="DiT-S_VJEPA2_D96", weights_dir=str(tmp_path))
+    with pytest.raises(evaluate.Unavailable) as caught:
+        evaluate.open_model(args, CPU)
+    assert caught.value.row["url"].endswith("semantic-wm/resolve/main/vjepa/DiT-S_D96.pt")
+    with pytest.raises(evaluate.InputError, match="DiT-{S,B,L}_WEBSSL_WIDE"):
+        evaluate.open_model(evaluate.Args(model_preset="DiT-M_VAE"), CPU)
+    with pytest.raises(evaluate.InputError, match="--checkpoint_path"):
+        evaluate.open_model(evaluate.Args(), CPU)
+
+
+# -- a policy's actions
+
+
+def test_policy_actions_are_scaled_clipped_and_flipped_to_model_units():
+    raw = [[0.025, 0.0, -1.0, 0.125, -0.25, 9.0, 0.81], [0, 0, 0, 0, 0, 0, 0.8]]
+    out = evaluate.policy_actions(np.array(raw))
+    assert out[0].tolist() == pytest.approx([0.875, 0, -1.75, 0.7, -1.4, 1.4, -1, 0, 0, 0])
+    assert out[1].tolist() == [0.0] * 6 + [1.0, 0, 0, 0]
+
+
+def test_openvla_actions_are_unnormalised_between_its_quantiles():
+    low, high = [-0.03] * 3 + [-0.1] * 3 + [0.0], [0.05] * 3 + [0.1] * 3 + [1.0]
+    stats = {"q01": low, "q99": high, "mask": [True] * 6 + [False]}
+    out = evaluate.openvla_actions(np.array([-1.0, 0.0, 1.0, 0.0, 1.0, -1.0, 0.99]), stats)
+    expected = [-0.03 * 35, 0.01 * 35, 1.75, 0.0, 0.56, -0.56, -1, 0, 0, 0]
+    assert out.tolist() == pytest.approx(expected, abs=1e-6)
