@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -90,8 +91,7 @@ class EncoderConfig:
         owners = {"decoder_weights": DECODERS, "standardize": STATISTICS, "sd3_shift": ["vae"]}
         owners |= {"qwen_mode": ["qwen"], "patch_size": ["pixels"], "weights": [*RELEASES][1:]}
         for name, types in (owners | {"final_norm": ["scale_rae_siglip"]}).items():
-            default = self.__dataclass_fields__[name].default
-            if getattr(self, name) != default and self.encoder_type not in types:
+            if self.encoder_type not in types and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"{name} is an option of {', '.join(types)} only")
 
 
@@ -296,7 +296,7 @@ class Network(nn.Module):
         return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
 
     @torch.no_grad()
-    def check(self, run, *shape: int) -> None:
+    def check(self, run: Callable, *shape: int) -> None:
         """Run without numbers: every tensor is there, they fit together, and none is left over."""
         buffers, self._buffers = self._buffers, {k: v.to("meta") for k, v in self._buffers.items()}
         try:
@@ -723,8 +723,7 @@ class BaseAutoencoder(nn.Module):
     temporal_stride  frames a latent stands for
     has_decoder      whether decode works
     fingerprint      names the latent space: type, weights and options; the decoder has no part
-
-    Networks run in bfloat16 on CUDA and in float32 elsewhere, unless `dtype` says otherwise.
+    dtype            of the networks; none: bfloat16 on CUDA, float32 elsewhere
     """
 
     dtype: torch.dtype | None = None
@@ -732,46 +731,50 @@ class BaseAutoencoder(nn.Module):
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
-        self.config, self.network, self.decoder = config, load_network(config), None
-        self.image_size = config.image_size or self.network.size
-        self.latent_dim, self.temporal_stride = self.network.dim, self.network.frames
-        self.has_decoder = hasattr(self.network, "decode") or bool(config.decoder_weights)
+        kind, network = config.encoder_type, load_network(config)
+        self.config, self.network, self.decoder = config, network, None
+        self.latent_dim, self.temporal_stride = network.dim, network.frames
+        self.image_size = config.image_size or network.size
+        self.has_decoder = hasattr(network, "decode") or bool(config.decoder_weights)
         if config.decoder_weights:
-            self.decoder = load_decoder(config, self.latent_dim)
-        elif config.encoder_type in DECODERS:  # the release's, fetched when it is needed
-            self.has_decoder = f"{config.encoder_type} 16x16x{self.latent_dim} " in TABLE
+            self.decoder = load_decoder(config, network.dim)
+        elif kind in DECODERS:  # the release's, fetched when it is needed
+            self.has_decoder = f"{kind} 16x16x{network.dim} " in TABLE
         stats = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)  # mean, std of the latents
-        if config.encoder_type == "vae":  # z = (mean - shift) scale
-            scale = self.network.number("scaling_factor", 1.5305)
-            stats[0] = self.network.number("shift_factor", 0.0609) * config.sd3_shift
-            stats[1] = 1 / scale
+        if kind == "vae":  # z = (mean - shift) scale
+            stats[0] = network.number("shift_factor", 0.0609) * config.sd3_shift
+            stats[1] = 1 / network.number("scaling_factor", 1.5305)
         if config.latent_stats or config.standardize:
-            name = config.latent_stats or config.weights or ""
-            if not config.latent_stats and not (Path(name) / "latents_stats.pt").is_file():
-                name = STATISTICS[config.encoder_type]
-            stats = read_stats(find(name, "latents_stats.pt", "stat.pt"), self.latent_dim)
-        mean_std = torch.tensor(self.network.mean_std).view(2, 3, 1, 1)
+            name = config.latent_stats or str(network.where.parent)
+            if (
+                not config.latent_stats
+                and not (network.where.parent / "latents_stats.pt").is_file()
+            ):
+                name = STATISTICS[kind]
+            stats = read_stats(find(name, "latents_stats.pt", "stat.pt"), network.dim)
+        mean_std = torch.tensor(network.mean_std).view(2, 3, 1, 1)
         self.register_buffer("stats", stats, persistent=False)
         self.register_buffer("mean_std", mean_std, persistent=False)
-        facts = [config.encoder_type, self.image_size, config.qwen_mode, config.final_norm]
-        facts += [self.latent_dim, [path.read_bytes() for path in self.network.archives[:1]]]
-        digest = hashlib.sha256(repr(facts).encode())
-        for name, value in (*self.network.state_dict().items(), ("stats", stats)):
+        facts = [kind, network.dim, self.image_size, config.qwen_mode, config.final_norm]
+        facts += [path.read_bytes() for path in network.archives[:1]]
+        for name, value in (*network.state_dict().items(), ("stats", stats)):
             bits = value.view(torch.int32).sum(dtype=torch.int64).item()  # exact in any order
-            digest.update(f"{name} {tuple(value.shape)} {bits}".encode())
-        self.fingerprint = f"{config.encoder_type}-{digest.hexdigest()[:16]}"
+            facts += [name, tuple(value.shape), bits]
+        self.fingerprint = f"{kind}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
 
     def train(self, mode: bool = True):
         """Stay in evaluation mode: a frozen network has no other."""
         return super().train(False)
 
-    def settle(self) -> torch.device:
-        """Give the networks their device and dtype, which costs nothing when they have them."""
+    def run(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Apply a network in chunks and in its own dtype, whatever the caller's autocast says."""
         device = self.stats.device
         dtype = self.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        for network in self.children():
+        for network in self.children():  # costs next to nothing but after a move
             network.to(device, dtype)
-        return device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            parts = x.split(self.network.chunk)
+            return torch.cat([call(part.to(device, non_blocking=True)).float() for part in parts])
 
     def check_frames(self, frames: Tensor) -> None:
         """Refuse what is no video. On CUDA only the first batch's values are read: a host sync."""
@@ -786,12 +789,21 @@ class BaseAutoencoder(nn.Module):
         self.values_checked = frames.is_cuda
         low, high = (value.item() for value in torch.aminmax(frames))
         if not (frames.is_floating_point() and low >= -1e-3 and high <= 1.001):  # refuses NaN too
+            what = f"frames are {frames.dtype} from {low:.4g} to {high:.4g}"
             raise InputError(
-                f"frames are {frames.dtype} from {low:.4g} to {high:.4g}; give floats in [0, 1] "
-                "(divide 0..255 by 255, map -1..1 by (x + 1) / 2), or uint8"
+                f"{what}; give uint8, or floats in [0, 1] (0..255 / 255, (-1..1 + 1) / 2)"
             )
 
-    @torch.no_grad()
+    def features(self, frames: Tensor) -> Tensor:
+        """Resize and normalise frames (N, H, W, 3) and encode them."""
+        x = frames.movedim(-1, 1)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        size = (self.image_size or x.shape[2], self.image_size or x.shape[3])
+        if x.shape[2:] != size:  # as upstream: no antialias, and it overshoots [0, 1] at edges
+            x = F.interpolate(x, size, mode="bicubic", align_corners=False)
+        x = x.clamp(0, 1) if self.network.clamp else x
+        return self.network.encode((x - self.mean_std[0]) / self.mean_std[1])
+
     def encode(self, frames: Tensor) -> Tensor:
         """Encode frames; the same frames always give the same latents.
 
@@ -800,25 +812,14 @@ class BaseAutoencoder(nn.Module):
         Raises InputError for another layout, range or size.
         """
         self.check_frames(frames)
-        device, network, z = self.settle(), self.network, []
         if missing := -frames.shape[-4] % self.temporal_stride:  # repeat the last frame
             frames = torch.cat([frames, *[frames[..., -1:, :, :, :]] * missing], dim=-4)
-        for part in frames.flatten(0, -4).split(network.chunk):
-            x = part.to(device, non_blocking=True).movedim(-1, 1)  #        (N, 3, H, W)
-            x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
-            size = (self.image_size or x.shape[2], self.image_size or x.shape[3])
-            if x.shape[2:] != size:  # as upstream: no antialias, overshoots [0, 1] at edges
-                x = F.interpolate(x, size, mode="bicubic", align_corners=False)
-            x = ((x.clamp(0, 1) if network.clamp else x) - self.mean_std[0]) / self.mean_std[1]
-            with torch.autocast(device.type, enabled=False):
-                z.append(network.encode(x).float())
-        z = torch.cat(z)
+        z = self.run(self.features, frames.flatten(0, -4))
         if self.stats.shape[1:3] not in ((1, 1), z.shape[1:3]):
             shapes = f"{tuple(z.shape[1:])}, their statistics {tuple(self.stats.shape[1:])}"
             raise InputError(f"latents are {shapes}; change image_size or latent_stats")
         return ((z - self.stats[0]) / self.stats[1]).unflatten(0, (*frames.shape[:-4], -1))
 
-    @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Decode latents to frames in [0, 1].
 
@@ -826,25 +827,21 @@ class BaseAutoencoder(nn.Module):
         ->  (B, T', H, W, 3)    float32
         Raises InputError when this encoder has no decoder or the latents are another's.
         """
-        kind, x = self.config.encoder_type, []
+        kind = self.config.encoder_type
         if not self.has_decoder:
-            also = " for these weights (or name its decoder_weights)" * (kind in DECODERS)
-            raise InputError(
-                f"{kind} has no decoder{also}; train a pixel decoder for its latents: python "
-                f"train_adapter.py --encoder_type {kind} --use_pixel_decoder true"
-            )
+            what = f"{kind} has no decoder{' unless you name decoder_weights' * (kind in DECODERS)}"
+            remedy = f"python train_adapter.py --encoder_type {kind} --use_pixel_decoder true"
+            raise InputError(f"{what}; train a pixel decoder for its latents: {remedy}")
         if z.ndim < 4 or z.shape[-1] != self.latent_dim or 0 in z.shape:
             shape = f"(B, T, h, w, {self.latent_dim})"
             raise InputError(f"latents are {tuple(z.shape)}; {kind} decodes {shape}")
         if kind in DECODERS and self.decoder is None:
             self.decoder = load_decoder(self.config, self.latent_dim)
-        device, decoder = self.settle(), self.decoder or self.network
-        z_flat = z.to(device).float().flatten(0, -4) * self.stats[1] + self.stats[0]
-        for part in z_flat.split(self.network.chunk):
-            with torch.autocast(device.type, enabled=False):
-                y = decoder.decode(part).float()
-            x.append((y * self.mean_std[1] + self.mean_std[0]).clamp(0, 1))
-        return torch.cat(x).movedim(1, -1).unflatten(0, z.shape[:-3])
+        decode, (mean, std) = (self.decoder or self.network).decode, self.mean_std
+        with torch.no_grad():
+            y = z.to(self.stats.device).float().flatten(0, -4) * self.stats[1] + self.stats[0]
+        x = self.run(lambda part: (decode(part).float() * std + mean).clamp(0, 1), y)
+        return x.movedim(1, -1).unflatten(0, z.shape[:-3])
 
 
 def create_autoencoder(config: EncoderConfig) -> BaseAutoencoder:
