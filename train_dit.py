@@ -22,6 +22,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -37,6 +38,7 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from data import (
+    Clip,
     ClipSampler,
     DataConfig,
     EpisodeDataset,
@@ -124,8 +126,8 @@ class Args:
     resume: str | None = None  # run folder to continue; no other flag is needed
     seed: int = 0  # of weights, clips and noise
     device: str | None = None  # default: cuda when there, else cpu
-    bf16: bool | None = None  # autocast (default: on CUDA)
-    compile: bool | None = None  # torch.compile (default: on CUDA)
+    bf16: bool | None = None  # autocast (default: on CUDA, and on CPUs that compute in bf16)
+    compile: bool | None = None  # torch.compile (default: on CUDA, and where g++ is found)
     log_every: int = 10  # steps between lines of log.csv
     val_every: int = 2000  # steps between validations
     val_clips: int = 64  # held-out clips rolled out by a validation
@@ -182,13 +184,18 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return -10 * (a - b).square().mean((-3, -2, -1)).clamp_min(1e-10).log10()
 
 
+def spread_clips(dataset: EpisodeDataset, count: int) -> Clip:
+    """Read up to `count` clips spread evenly over a split, stacked."""
+    picked = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
+    return default_collate([dataset[int(i)] for i in picked])
+
+
 @torch.no_grad()
-def latent_statistics(space, dataset, cached: bool, clips: int = 256) -> tuple[Tensor, Tensor]:
+def latent_statistics(space, dataset, cached: bool) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,) of the latents of evenly spread training clips."""
-    picked = np.linspace(0, len(dataset) - 1, min(clips, len(dataset))).round()
     device, total = next(space.buffers()).device, 0
-    for i in picked:
-        x = dataset[int(i)].frames.to(device)
+    for x in spread_clips(dataset, 128).frames.split(1):
+        x = x[0].to(device)
         z = (x if cached else space.features(x[None])).flatten(0, -2).double()
         total = total + torch.stack((torch.ones_like(z[0]) * len(z), z.sum(0), z.square().sum(0)))
     mean = total[1] / total[0]
@@ -362,8 +369,10 @@ def main() -> None:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     on_cuda = proc.device.type == "cuda"
-    use_bf16 = on_cuda if args.bf16 is None else args.bf16
-    use_compile = on_cuda if args.compile is None else args.compile
+    if (use_bf16 := args.bf16) is None:  # where the processor multiplies it faster than float32
+        use_bf16 = on_cuda or torch.cpu._is_avx512_bf16_supported()
+    if (use_compile := args.compile) is None:
+        use_compile = on_cuda or shutil.which("g++") is not None
     parallel = torch.distributed if proc.world > 1 else None
 
     # 2. Frozen models.
@@ -406,11 +415,12 @@ def main() -> None:
             parallel.barrier()
         if args.cache_only:
             return
-    train_set, test_set = EpisodeDataset(data, "train", latents), EpisodeDataset(data, "test")
-    picked = np.linspace(0, len(test_set) - 1, min(args.val_clips, len(test_set))).round()
+    train_set = EpisodeDataset(data, "train", latents)
+    shown = dataclasses.replace(data, variable_history=False)
+    clips = spread_clips(EpisodeDataset(shown, "test"), args.val_clips)
+    train_clips = spread_clips(EpisodeDataset(shown, "train"), 4)
     if args.standardize:
         space.mean, space.std = latent_statistics(space, train_set, latents is not None)
-    clips = default_collate([test_set[int(i)] for i in picked])
     global_batch = args.batch_size * args.grad_accum * proc.world
     epoch_steps = max(1, len(train_set) // global_batch)
 
@@ -437,8 +447,8 @@ def main() -> None:
             f"warning: width {dit.config.dim} is below the {wide} numbers of a token: noise cannot "
             "pass through it; take a larger --dit_size or an adapter"
         )
+    tokens = z.shape[2] * z.shape[3] // args.num_views // patch**2
     if (shift := args.shift) is None:
-        tokens = z.shape[2] * z.shape[3] // args.num_views // patch**2
         shift = 1.0 if args.encoder_type == "vae" else time_shift(tokens, space.latent_dim)
     kind = OBJECTIVES[args.objective]
     options = {"time_dist": args.time_dist} if args.objective == "flow_matching" else {}
@@ -536,9 +546,10 @@ def main() -> None:
             if proc.rank == 0:
                 log.write(step=step, **scores)
                 say(f"step {step}: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
-                if space.has_decoder:
-                    sample = folder / f"sample_{step:07d}.gif"
-                    write_sample(sample, ema, objective, space, clips, args, proc.device)
+                for name, some in (("sample", clips), ("train_sample", train_clips)):
+                    if space.has_decoder:
+                        path = folder / f"{name}_{step:07d}.gif"
+                        write_sample(path, ema, objective, space, some, args, proc.device)
         if last or stopped or (step and step % args.save_every == 0):
             save()
         if last or stopped:

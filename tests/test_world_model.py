@@ -1,0 +1,256 @@
+"""World model: layouts, action slots, branching, views, planning; without any file but our own."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from data import InputError, save_tensors
+from diffusion import DDPM, FlowMatching
+from dit import DiT, DiTConfig
+from encoders import EncoderConfig, create_autoencoder
+from world_model import (
+    LatentSpace,
+    WorldModel,
+    candidate_cost,
+    plan_cem,
+    plan_gradient,
+    plan_grid,
+    save_world_model,
+)
+
+ABOUT = {
+    "image_size": 16,
+    "stride": 1,
+    "num_history": 2,
+    "action_merge": "drop",
+    "action_mapping": "bridge",
+    "fps": 5,
+}
+
+
+def make(path, objective=None, views: int = 1, **config):
+    """Write a world model of random weights over 2x2 tokens; every output layer is alive."""
+    torch.manual_seed(1)
+    config = {"max_frames": 5, "wide_head": False} | config
+    dit = DiT(DiTConfig(192, 1, 64, 2, 2, num_views=views, **config))
+    for name, parameter in dit.named_parameters():
+        if "adaLN" in name or "final" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    space = LatentSpace(create_autoencoder(EncoderConfig("pixels", patch_size=8)), num_views=views)
+    space.mean, space.std = torch.full((192,), -0.1), torch.full((192,), 0.5)
+    save_world_model(path, dit, objective or FlowMatching(steps=3), space, ABOUT)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path):
+    return WorldModel(make(tmp_path / "world_model.safetensors"), device="cpu")
+
+
+def seed(number: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
+def test_the_latent_space_is_undone_by_decode(model):
+    frames = torch.rand(2, 3, 16, 16, 3)
+    assert torch.allclose(model.decode(model.encode(frames)), frames, atol=1e-5)  # float32 scaling
+
+
+def test_frames_come_back_in_the_layout_they_were_given_in(model):
+    frames, actions = torch.rand(2, 3, 16, 16, 3), torch.randn(2, 4, 10)
+    model.reset(frames)
+    batched = model.generate_chunk(actions, generator=seed())
+    assert batched.shape == (2, 4, 16, 16, 3) and 0 <= batched.min() and batched.max() <= 1
+    model.reset(frames)
+    assert model.step(actions[:, 0]).shape == (2, 16, 16, 3)
+    model.reset((frames[0] * 255).to(torch.uint8).numpy())
+    assert model.generate_chunk(actions[0]).shape == (4, 16, 16, 3)
+    assert model.generate_chunk(actions[0, 0].numpy()).shape == (1, 16, 16, 3)
+    assert model.step(actions[0, 0]).shape == (16, 16, 3)
+
+
+def test_actions_stand_where_the_contract_says(model, monkeypatch):
+    """a[0] beside the newest known frame, a[j] beside new frame j, a copy of a[-1] beside the last,
+    which the next call overwrites."""
+    seen = []
+    rollout = FlowMatching.rollout
+
+    def spy(self, dit, z, actions, num_frames, **options):
+        seen.append(actions[0, :, 0].tolist())
+        return rollout(self, dit, z, actions, num_frames, **options)
+
+    monkeypatch.setattr(FlowMatching, "rollout", spy)
+    actions = torch.zeros(6, 10)
+    actions[:, 0] = torch.arange(1.0, 7.0)
+    model.reset(torch.rand(2, 16, 16, 3), actions[:1])
+    model.generate_chunk(actions[1:3])
+    model.generate_chunk(actions[3:4])
+    assert seen == [[1, 2, 3, 3], [1, 2, 3, 4, 4]]
+    model.reset(torch.rand(2, 16, 16, 3))
+    model.step(actions[0])
+    assert seen[-1] == [0, 1, 1]
+    model.rollout(torch.rand(2, 16, 16, 3), actions[:4])
+    assert seen[-1] == [1, 2, 3, 4]
+
+
+def test_a_chunk_equals_its_single_steps_but_for_the_open_slot(tmp_path):
+    """The first new frame of a chunk knows the next action, a single step only a copy: with equal
+    actions both are the same model inputs, so the frames agree."""
+    model = WorldModel(make(tmp_path / "m.safetensors"), device="cpu")
+    frames, action = torch.rand(1, 16, 16, 3), torch.randn(10)
+    noise = torch.randn(1, 6, 2, 2, 192)
+    model.reset(frames)
+    chunk = model.generate_chunk(action.expand(6, 10), noise=noise)
+    model.reset(frames)
+    steps = torch.stack([model.step(action, noise=noise[:, t : t + 1]) for t in range(6)])
+    assert torch.allclose(chunk, steps, atol=1e-5)  # the window slides after four frames
+
+
+def test_a_restored_state_repeats_and_branches(model):
+    model.reset(torch.rand(3, 16, 16, 3))
+    model.step(torch.zeros(10), generator=seed())
+    state = model.state()
+    once = model.generate_chunk(torch.ones(2, 10), generator=seed(1))
+    model.restore(state)
+    other = model.generate_chunk(-torch.ones(2, 10), generator=seed(1))
+    model.restore(state)
+    assert torch.equal(once, model.generate_chunk(torch.ones(2, 10), generator=seed(1)))
+    assert not torch.allclose(once, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("objective", [FlowMatching(steps=2), DDPM(steps=2)])
+@pytest.mark.parametrize("wide", [False, True])
+def test_every_objective_and_head_survives_the_file(tmp_path, objective, wide):
+    path = make(tmp_path / "m.safetensors", objective, wide_head=wide, head_dim=32)
+    model = WorldModel(path, device="cpu")
+    assert model.objective == objective and model.dit.config.wide_head == wide
+    frames, actions = torch.rand(2, 16, 16, 3), torch.randn(5, 10)
+    video = model.rollout(frames, actions, generator=seed())
+    assert video.shape == (5, 16, 16, 3) and torch.equal(video[:2], frames)
+    assert torch.equal(video, model.rollout(frames, actions, generator=seed()))
+
+
+def test_views_keep_their_places(tmp_path):
+    model = WorldModel(make(tmp_path / "m.safetensors", views=3), device="cpu")
+    frames = torch.rand(2, 3, 2, 16, 16, 3)
+    assert torch.allclose(model.decode(model.encode(frames)), frames, atol=1e-5)
+    model.reset(frames)
+    assert model.generate_chunk(torch.randn(2, 2, 10)).shape == (2, 3, 2, 16, 16, 3)
+    model.reset(frames[0])
+    assert model.step(torch.randn(10)).shape == (3, 16, 16, 3)
+    with pytest.raises(InputError, match="2 views"):
+        model.reset(frames[:, :2])
+
+
+def test_a_policy_runs_inside_the_model(model):
+    frames = torch.rand(2, 1, 16, 16, 3)
+    video, actions = model.rollout_policy(
+        lambda newest: newest.mean((1, 2, 3))[:, None].expand(2, 10), frames, 3, generator=seed()
+    )
+    assert video.shape == (2, 4, 16, 16, 3) and actions.shape == (2, 3, 10)
+    assert torch.allclose(actions[:, 1, 0], video[:, 1].mean((1, 2, 3)))  # it saw the dream
+    chunks = model.rollout_policy(lambda newest: torch.zeros(2, 10), frames[0], 5)
+    assert chunks[0].shape == (6, 16, 16, 3) and chunks[1].shape == (5, 10)
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda m: m.step(np.zeros(10)), "reset"),
+        (lambda m: m.reset(torch.rand(16, 16, 3)), "give"),
+        (lambda m: m.reset(torch.rand(1, 32, 16, 3)), "32x16"),
+        (lambda m: m.reset(torch.rand(1, 16, 16, 3) * 255), "0, 1"),
+        (lambda m: m.reset(torch.rand(3, 16, 16, 3), torch.zeros(1, 10)), "give 2"),
+        (lambda m: (m.reset(torch.rand(1, 16, 16, 3)), m.step(torch.zeros(7))), "10"),
+        (lambda m: (m.reset(torch.rand(1, 16, 16, 3)), m.step(torch.full((10,), np.nan))), "NaN"),
+        (lambda m: m.rollout(torch.rand(2, 16, 16, 3), torch.zeros(2, 10)), "give more"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(model, call, complaint):
+    with pytest.raises(InputError, match=complaint):
+        call(model)
+
+
+def test_a_file_of_another_encoder_or_kind_is_refused(tmp_path, model):
+    save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, {})
+    with pytest.raises(InputError, match="not a world model"):
+        WorldModel(tmp_path / "x.safetensors")
+    path = make(tmp_path / "m.safetensors")
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(InputError, match="truncated"):
+        WorldModel(path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        WorldModel(tmp_path / "nowhere.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------
+# Planning.
+
+
+def linear_world(k: int):
+    """A world whose next state is the last plus B a: the best actions are known."""
+    torch.manual_seed(3)
+    B, truth = torch.linalg.qr(torch.randn(7, 7))[0], torch.rand(k, 10) * 2 - 1
+
+    def states(actions):
+        return (actions[..., :7] @ B).cumsum(-2)
+
+    return truth, lambda actions: (states(actions) - states(truth)).square().mean((1, 2))
+
+
+@pytest.mark.parametrize(("k", "tolerance"), [(1, 0.02), (4, 0.15)])
+def test_cem_finds_the_action_of_a_linear_world(k, tolerance):
+    truth, cost = linear_world(k)
+    start = torch.zeros(k, 10)
+    options = {"population": 1000, "elites": 100, "iterations": 40, "generator": seed()}
+    found, value = plan_cem(cost, start, **options)
+    # 28 numbers at once: the Gaussian has shrunk before the least sensitive ones have settled
+    assert (found - truth)[:, :7].square().mean().sqrt() < tolerance
+    assert value < 0.02 * cost(start[None]) and torch.allclose(value, cost(found[None]))
+    assert found[:, 7:].eq(0).all()  # not searched
+
+
+def test_gradient_and_grid_lower_the_cost():
+    truth, cost = linear_world(1)
+    start = truth + 0.3 * torch.randn(1, 10)
+    found, value = plan_gradient(cost, start, steps=400)
+    assert value < 1e-2 * cost(start[None]) and torch.equal(found[:, 7:], start[:, 7:])
+    snapped = torch.tensor([[-2.0, 0.0, 2.0, 0, 0, 0, 0, 0, 0, 0]])
+    found, value = plan_grid(
+        lambda a: (a - snapped).square().sum((1, 2)), torch.zeros(1, 10), points=5
+    )
+    assert torch.equal(found, snapped) and value == 0
+    with pytest.raises(InputError, match="candidates"):
+        plan_grid(cost, torch.zeros(4, 10), dims=range(7))
+
+
+def test_candidates_share_their_context_and_cost_eleven_passes_a_frame(model):
+    torch.manual_seed(0)
+    objective = dataclasses.replace(model.objective, steps=10)
+    context, known = torch.randn(2, 2, 2, 192), torch.randn(1, 10)
+    target, noise = torch.randn(3, 2, 2, 192), torch.randn(3, 2, 2, 192)
+    passes = []
+    model.dit.blocks[0].s_block.register_forward_pre_hook(
+        lambda _, inputs: passes.append(inputs[0].shape[:2].numel())
+    )
+    cost = candidate_cost(model.dit, objective, context, known, target, noise)
+    assert sum(passes) == 1  # the one frame before the newest, for all candidates
+    candidates = torch.randn(4, 3, 10)
+    cached = cost(candidates)
+    assert sum(passes) == 1 + 4 * 11 * 3
+    uncached = cost(candidates.requires_grad_(True))
+    assert torch.allclose(cached, uncached, rtol=1e-4)  # float32 over 30 steps
+
+
+def test_plan_comes_back_in_the_shape_of_its_horizon(model):
+    frames = torch.rand(2, 16, 16, 3)
+    model.reset(frames)
+    options = {"population": 8, "elites": 2, "iterations": 2}
+    actions = model.plan(frames[0], 2, generator=seed(), **options)
+    assert actions.shape == (2, 10) and torch.equal(
+        actions, model.plan(frames[0], 2, generator=seed(), **options)
+    )
+    with pytest.raises(InputError, match="method"):
+        model.plan(frames[0], 1, method="guess")
