@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -25,8 +24,6 @@ import torch
 from PIL import Image
 
 import data
-
-ROOT = Path(__file__).parents[1]
 
 
 def picture(seed: int, size: int = 32) -> np.ndarray:
@@ -1238,8 +1235,8 @@ def test_command_line_converts_inspects_and_answers_in_one_sentence(tmp_path, ca
         assert code == 2 and said.startswith("error: ") and len(said.strip().splitlines()) == 1
 
 
-def test_help_names_the_older_bridge_and_the_form_of_own_data():
-    words = [sys.executable, "data.py", "--help"]
-    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def test_help_names_the_older_bridge_and_the_form_of_own_data(capsys, monkeypatch):
+    code, said, _ = run(capsys, monkeypatch, "--help")
     said = " ".join(said.replace("│", " ").split())
-    assert "OLDER data set (387 GB" in said and "actions.npy" in said and "--on_error" in said
+    assert code == 0 and "OLDER data set (387 GB" in said
+    assert "actions.npy" in said and "--on_error" in said
