@@ -403,11 +403,12 @@ def append_index(folder: str | Path, record: dict) -> None:
 def read_index(folder: str | Path) -> tuple[dict, list[dict], dict[str, list[dict]]]:
     """Read `folder/index.jsonl`: (description, a record each shard, episode entries by split)."""
     path, splits = Path(folder) / "index.jsonl", {}
-    if not path.is_file():
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    if not lines:
         flags = f"--dataset_name {path.parent.name} --output_dir {path.parent.parent}"
         raise MissingFileError(f"{path}: no such data set; convert it: python data.py {flags}")
     try:
-        header, *records = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+        header, *records = map(json.loads, lines)
         records = list({record["shard"]: record for record in records}.values())
         for split, entries in [pair for r in records for pair in r["episodes"].items()]:
             splits.setdefault(split, []).extend(entries)
@@ -1138,6 +1139,10 @@ class Args:
     on_error: Literal["stop", "skip"] = "stop"  # at a bad episode: stop, or leave it out, listed
     inspect: str = ""  # folder of a converted data set to look at instead
 
+    def __post_init__(self):
+        if min(self.image_size, self.num_workers) < 1 or min(self.max_shards, self.fps) < 0:
+            raise InputError("need image_size, num_workers >= 1 and max_shards, fps >= 0")
+
 
 class Shard(NamedTuple):
     """One unit of conversion; the index records it when all its episodes are written."""
@@ -1149,12 +1154,9 @@ class Shard(NamedTuple):
 
 
 def hash_file(path: Path, method: str) -> Any:
-    """Return the hashlib object of a file's content."""
-    state = hashlib.new(method)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            state.update(chunk)
-    return state
+    """Return the hashlib object of a file's content, which need not fit into memory."""
+    content = np.memmap(path, np.uint8, "r") if path.stat().st_size else b""
+    return hashlib.new(method, content)
 
 
 def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tries=8, pause=1.0):
@@ -1241,7 +1243,10 @@ def list_own(root: Path, folder: Path) -> list[Shard]:
             '    frames = [f.to_ndarray(format="rgb24") for f in av.open(video).decode(video=0)]\n'
             "    np.savez(name, frames=np.stack(frames), actions=actions, language=text)"
         )
-    _, records, splits = read_index(folder) if (folder / "index.jsonl").exists() else (0, [], {})
+    try:
+        _, records, splits = read_index(folder)
+    except MissingFileError:
+        records, splits = [], {}
     first = 1 + max((entry["number"] for split in splits.values() for entry in split), default=-1)
     paths = [*root.rglob("*.npz"), *(path.parent for path in root.rglob("actions.npy"))]
     names = {str(path.relative_to(root)) for path in paths} - {r["shard"] for r in records}
@@ -1330,11 +1335,13 @@ def convert(args: Args) -> None:
         "image_size": args.image_size,
     }
     map_actions(np.zeros(7), header["action_mapping"])  # an unknown name ends here
-    if not (folder / "index.jsonl").exists():
+    try:
+        before, records, _ = read_index(folder)
+    except MissingFileError as error:
         if not shards:
-            raise InputError(f"{folder}: nothing to convert; check --source and --splits")
-        append_index(folder, header)
-    before, records, _ = read_index(folder)
+            raise InputError(f"{folder}: nothing to convert; check --source, --splits") from error
+        append_index(folder, before := header)
+        records = []
     if before != header:
         raise InputError(f"{folder} was written with {before}, not {header}; take another one")
     for path in folder.glob("*/.*.tmp"):  # of a run that was killed
@@ -1414,6 +1421,12 @@ class DataConfig:
             raise InputError(f"action_merge must be drop or sum, sampling one of {SAMPLINGS}")
         if not 0 <= self.num_history < self.num_frames or min(self.stride, self.image_size) < 1:
             raise InputError("need 0 <= num_history < num_frames, stride >= 1, image_size >= 1")
+        try:
+            self.weights = [float(w) for w in self.subset_weights.split(",") if w.strip()]
+        except ValueError:
+            self.weights = [0.0]
+        if self.seed < 0 or min(self.weights, default=1) <= 0:
+            raise InputError("seed must be >= 0, subset_weights positive numbers, comma-separated")
 
 
 def probe_frames(length: int, num_frames: int, sampling: str, fps: float) -> np.ndarray:
@@ -1645,9 +1658,9 @@ class ClipSampler(torch.utils.data.Sampler):
     ):
         self.sizes, self.seed, self.start = dataset.sizes, dataset.config.seed, start
         self.batch_size, self.rank, self.world = batch_size, rank, world
-        weights = [float(w) for w in dataset.config.subset_weights.split(",") if w.strip()]
-        if weights and (len(weights) != len(self.sizes) or min(weights) <= 0):
-            raise InputError("subset_weights: give one positive number per data set")
+        weights = dataset.config.weights
+        if weights and len(weights) != len(self.sizes):
+            raise InputError("subset_weights: give one number per data set")
         share = np.array(weights or self.sizes) / sum(weights or self.sizes)
         self.counts = np.maximum(1, np.rint(share * sum(self.sizes))).astype(np.int64).tolist()
         self.epoch_length = sum(self.counts)  # clips, over all processes

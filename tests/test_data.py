@@ -170,6 +170,11 @@ def test_index_line_cut_by_a_kill_was_never_written(tmp_path):
     for cut in (1, 20):
         path.write_bytes(whole + whole.splitlines()[1][:-cut])
         assert data.read_index(path.parent)[2] == {"train": entries}
+    for cut in (b"", whole[:30]):  # not even its first line was written
+        path.write_bytes(cut)
+        with pytest.raises(data.MissingFileError, match="no such data set"):
+            data.read_index(path.parent)
+    path.write_bytes(whole + b"{")
     data.append_index(path.parent, {"shard": "b", "episodes": {"test": entries[:1]}})
     assert data.read_index(path.parent)[2] == {"train": entries, "test": entries[:1]}
     path.write_bytes(whole.replace(b'"length": 5', b'"length": x'))
@@ -301,7 +306,7 @@ def test_every_option_of_the_config_changes_what_is_served(tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [{"views": 0}, {"views": (1, 1)}, {"action_merge": "mean"}, {"sampling": "all"}, {"stride": 0},
-     {"num_history": 10}, {"image_size": 0}],
+     {"num_history": 10}, {"image_size": 0}, {"seed": -1}, {"subset_weights": "1,x"}],
 )  # fmt: skip
 def test_impossible_configs_are_refused(fields):
     with pytest.raises(data.InputError):
@@ -344,7 +349,7 @@ def test_mixture_follows_its_weights_and_never_repeats_a_start_key(tmp_path):
         assert sorted(i for i in part if i >= 9) == [9, 9, 9, 10, 10, 10, 11, 11, 11]
     counts = np.bincount([i for _, i in keys[: 12 * 9] if i < 9])
     assert counts.tolist() == [3] * 9  # 27 draws walk through the nine three times
-    with pytest.raises(data.InputError, match="subset_weights"):
+    with pytest.raises(data.InputError, match="one number per data set"):
         data.ClipSampler(opened(tmp_path, "big,small", subset_weights="1"), 6)
 
 
@@ -785,6 +790,8 @@ def test_conversion_with_other_options_into_the_same_folder_is_refused(tmp_path)
 
 def test_full_disk_is_named_and_what_was_finished_stays(tmp_path, monkeypatch):
     shards = [[bridge_example(i)] for i in range(4)]
+    (tmp_path / "out/bridge_v2").mkdir(parents=True)
+    (tmp_path / "out/bridge_v2/index.jsonl").write_text('{"dataset": "bri')  # killed at once
     source = write_rlds(tmp_path / "rlds", {"train": shards})
     write, written = data.write_atomic, []
 
