@@ -1,6 +1,6 @@
 """Train and roll out a world model: flow matching and DDPM over latent frames.
 
-    noise -> loss -> one denoising step -> one frame -> rollout
+    noise -> loss;    one denoising step -> one frame -> rollout
 
 Flow matching (Lipman et al. 2023; shifted times: Esser et al. 2024, sec. 5.3.2):
 
@@ -10,8 +10,8 @@ DDPM (Ho et al. 2020) with v-prediction (Salimans & Ho 2022) and DDIM steps (Son
 
     z_k = sqrt(a_k) z + sqrt(1 - a_k) eps,    v = sqrt(a_k) eps - sqrt(1 - a_k) z
 
-Every frame has its own noise level. A rollout denoises one frame at a time, seen with the known
-frames of its window; noise levels, targets and steps are float32 even under autocast.
+Every frame has its own noise level. A rollout denoises one frame at a time behind the known frames
+of its window. Noise levels, targets and steps are float32 even under autocast.
 
 Shapes: B batch, T frames, h w latent grid, C latent channels, A action width.
     z, eps, z_tau, v  (B, T, h, w, C)   clean latents, unit Gaussian, noised latents, velocity
@@ -32,31 +32,25 @@ from torch import Tensor
 
 from data import InputError, config_from
 
-HISTORY_NOISE = 0.3  # standard deviation of the noise strength on clean history in training
-DDPM_LEVELS = 1000
-DDPM_CONTEXT_LEVEL = 14
-
-# ------------------------------------------------------------------------------------------------
-# Equations.
+HISTORY_NOISE = 0.3  # standard deviation of the noise strength on history frames in training
+DDPM_LEVELS, DDPM_CONTEXT_LEVEL = 1000, 14
 
 
 def time_shift(tokens: int, channels: int, minimum: float = 1.0) -> float:
-    """Give the shift g = sqrt(tokens * channels / 4096) of a latent space.
+    """Give the shift g = sqrt(tokens * channels / 4096), but at least `minimum`.
 
-    tokens    latent tokens a frame after the DiT's patching
-    channels  latent channels C
-    minimum   small latents are not shifted toward clean unless asked
+    tokens  latent tokens a frame, after the DiT's patching
     """
     return max((tokens * channels / 4096) ** 0.5, minimum)
 
 
 def shift_tau(tau: Tensor, g: float) -> Tensor:
-    """Move noise levels toward noise: g tau / (1 + (g - 1) tau)    [Esser et al. 2024, eq. 23]."""
+    """Move noise levels toward noise: g tau / (1 + (g - 1) tau)     [Esser et al. 2024, eq. 23]."""
     return g * tau / (1 + (g - 1) * tau)
 
 
 def per_frame(level: Tensor) -> Tensor:
-    """Let (B, T) multiply (B, T, h, w, C)."""
+    """Let levels (B, T) multiply latents (B, T, h, w, C)."""
     return level[:, :, None, None, None]
 
 
@@ -67,11 +61,11 @@ def interpolate(z: Tensor, eps: Tensor, tau: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def alphas_cumprod(device: str | torch.device = "cpu") -> Tensor:
-    """Give the products a_k of the sigmoid schedule, start -3, end 3, tau 1  [arXiv 2212.11972].
+    """Give a_k, k < 1000, of the sigmoid schedule (start -3, end 3, tau 1)  [arXiv 2212.11972].
 
-    ->  (1000,)  float32; betas are computed in float64 and clipped at 0.999
+    Computed in float64, betas clipped at 0.999, returned in float32.
     """
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # training may meet a table that a rollout made
         s = torch.linspace(-3, 3, DDPM_LEVELS + 1, dtype=torch.float64).sigmoid()
         a = (s[-1] - s) / (s[-1] - s[0])
         betas = (1 - a[1:] / a[:-1]).clamp(0, 0.999)
@@ -83,64 +77,45 @@ def draw(
 ) -> Tensor:
     """Draw for the global batch and take this process's slice, so that N processes equal one.
 
-    kind   torch.randn or torch.rand
+    kind   torch.randn or torch.rand, in float32 on the generator's device
     shape  of this process's share; its first axis is the batch
-    like   gives the device; draws happen on the generator's device, in float32
+    like   gives the device of the result
     shard  (index, count) of this process
     """
-    index, count = shard
-    B = shape[0]
+    (index, count), B = shard, shape[0]
     device = like.device if generator is None else generator.device
     drawn = kind((count * B, *shape[1:]), generator=generator, device=device)
     return drawn[index * B : (index + 1) * B].to(like.device)
 
 
 def null_action(actions: Tensor) -> Tensor:
-    """Replace actions by "no action": zeros with the last entry 1."""
+    """Give "no action" for every action: zeros, last entry 1."""
     null = torch.zeros_like(actions)
     null[..., -1] = 1
     return null
 
 
-def both(x: Tensor, guidance: float) -> Tensor:
-    """Repeat a batch for the branches (with action, without) of guidance."""
-    return x if guidance == 1.0 else torch.cat((x, x))
-
-
-def both_actions(actions: Tensor, guidance: float) -> Tensor:
-    """Put the null actions behind the actions, as the second branch of guidance."""
-    return actions if guidance == 1.0 else torch.cat((actions, null_action(actions)))
+def both(x: Tensor, guidance: float, x_null: Tensor | None = None) -> Tensor:
+    """Stack the branches of guidance, with and without action, along the batch."""
+    return x if guidance == 1.0 else torch.cat((x, x if x_null is None else x_null))
 
 
 def guide(v: Tensor, guidance: float) -> Tensor:
-    """Join the branches: v_null + guidance (v_cond - v_null)     [Ho & Salimans 2022]."""
+    """Join the branches: v_null + guidance (v_cond - v_null)             [Ho & Salimans 2022]."""
     if guidance == 1.0:
         return v.float()
     v_cond, v_null = v.float().chunk(2)
     return v_null + guidance * (v_cond - v_null)
 
 
-def check_clip(z: Tensor, actions: Tensor, num_history: int) -> None:
-    """Refuse a training clip whose parts do not fit."""
-    if z.ndim != 5 or actions.ndim != 3 or z.shape[:2] != actions.shape[:2]:
-        raise InputError(
-            f"loss got latents {tuple(z.shape)} and actions {tuple(actions.shape)}; "
-            "give (B, T, h, w, C) and (B, T, A)"
-        )
-    if not 0 <= num_history < z.shape[1]:
-        raise InputError(
-            f"num_history is {num_history} for clips of {z.shape[1]} frames; "
-            f"choose 0 to {z.shape[1] - 1}"
-        )
-
-
-# ------------------------------------------------------------------------------------------------
-# Objectives.
-
-
 @dataclass
 class Objective:
-    """Share the climb from one denoising step to a rollout; subclasses give levels and steps."""
+    """Share the loss and the climb from one denoising step to a rollout.
+
+    Subclasses give noised(z, num_history, draw) -> (z_tau, tau, v, first scored frame),
+    levels() -> the noise level of every step, step(z, v, k) -> z one step cleaner, and
+    condition(z) -> known frames as the model sees them: (z_tau, tau).
+    """
 
     shift: float = 1.0  # g of `shift_tau`, see `time_shift`
     steps: int = 10  # denoising steps a frame
@@ -156,17 +131,32 @@ class Objective:
         name = next(name for name, kind in OBJECTIVES.items() if kind is type(self))
         return {"name": name, **dataclasses.asdict(self)}
 
-    def levels(self) -> list[float]:
-        """Give the noise level tau of every denoising step, from noise to clean."""
-        raise NotImplementedError
+    def loss(
+        self,
+        model: Callable,
+        z: Tensor,
+        actions: Tensor,
+        num_history: int,
+        generator: torch.Generator | None = None,
+        shard: tuple[int, int] = (0, 1),
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Give the mean squared error of v, and detached logs.
 
-    def step(self, z: Tensor, v: Tensor, k: int) -> Tensor:
-        """Take denoising step k with velocity v."""
-        raise NotImplementedError
-
-    def condition(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Give known frames as the model sees them: (z_tau, tau)."""
-        raise NotImplementedError
+        num_history       first frames that are known: 0 to T - 1
+        generator, shard  draws are made for the global batch, see `draw`
+        """
+        if z.ndim != 5 or actions.ndim != 3 or actions.shape[:2] != z.shape[:2]:
+            raise InputError(
+                f"loss got latents {tuple(z.shape)} and actions {tuple(actions.shape)}; "
+                "give (B, T, h, w, C) and (B, T, A)"
+            )
+        if not 0 <= num_history < z.shape[1]:
+            raise InputError(f"num_history is {num_history} of {z.shape[1]} frames; choose fewer")
+        z = z.float()
+        sample = functools.partial(draw, like=z, generator=generator, shard=shard)
+        z_tau, tau, v, scored = self.noised(z, num_history, sample)
+        loss = (model(z_tau, tau, actions).float() - v)[:, scored:].square().mean()
+        return loss, {"loss": loss.detach()}
 
     def denoise(self, velocity: Callable[[Tensor, int], Tensor], z: Tensor) -> Tensor:
         """Go from noise to a clean frame; velocity(z, k) is v at step k."""
@@ -177,13 +167,12 @@ class Objective:
     def next_frame_uncached(
         self, model: Callable, z: Tensor, actions: Tensor, eps: Tensor, guidance: float = 1.0
     ) -> Tensor:
-        """Denoise the frame after z, recomputing the whole window at every step.
+        """Denoise the frame after z, running the whole window at every step.
 
-        z (B, n, h, w, C), actions (B, n+1, A), eps (B, 1, h, w, C)  ->  (B, 1, h, w, C)
+        z (B, n, h, w, C), actions (B, n + 1, A), eps (B, 1, h, w, C)  ->  (B, 1, h, w, C)
         """
-        levels = self.levels()
-        z_known, tau_known = self.condition(z)
-        actions = both_actions(actions, guidance)
+        levels, (z_known, tau_known) = self.levels(), self.condition(z)
+        actions = both(actions, guidance, null_action(actions))
 
         def velocity(z_new: Tensor, k: int) -> Tensor:
             tau = torch.cat((tau_known, tau_known.new_full((len(z), 1), levels[k])), 1)
@@ -194,27 +183,24 @@ class Objective:
         return self.denoise(velocity, eps)
 
     def encode_context(self, model, z: Tensor, actions: Tensor, guidance: float = 1.0, cache=None):
-        """Compute the context cache of known frames (B, n, ...), n < max_frames, n = 0 allowed."""
+        """Give the context cache of known frames (B, n, ...): n < max_frames, also 0."""
         z, tau = (both(x, guidance) for x in self.condition(z))
-        return model.encode_context(z, tau, both_actions(actions, guidance), cache)
+        return model.encode_context(z, tau, both(actions, guidance, null_action(actions)), cache)
 
     def append(self, model, cache, z: Tensor, action: Tensor, guidance: float = 1.0) -> None:
         """Add one known frame (B, 1, h, w, C) with its action (B, A) to the cache."""
         z, tau = (both(x, guidance) for x in self.condition(z))
-        action = both_actions(action[:, None], guidance)
+        action = both(action, guidance, null_action(action))[:, None]
         model.append(z, model.modulations(tau, action), cache)
 
-    def next_frame(
-        self, model, cache, action: Tensor, eps: Tensor, guidance: float = 1.0
-    ) -> Tensor:
-        """Denoise the frame after the cached ones; the cache itself stays as it is.
+    def next_frame(self, model, cache, action: Tensor, eps: Tensor, guidance: float = 1.0):
+        """Denoise the frame after the cached ones; the cache is left as it was.
 
         action (B, A) beside the new frame, eps (B, 1, h, w, C)  ->  (B, 1, h, w, C)
         """
-        tau = torch.tensor(self.levels()[: self.steps], device=eps.device)
-        tau = tau.expand(len(eps) * (1 if guidance == 1.0 else 2), -1)
-        actions = both_actions(action[:, None].expand(-1, self.steps, -1), guidance)
-        modulations = model.modulations(tau, actions)
+        action = both(action, guidance, null_action(action))
+        tau = torch.tensor(self.levels()[: self.steps], device=eps.device).expand(len(action), -1)
+        modulations = model.modulations(tau, action[:, None].expand(-1, self.steps, -1))
 
         def velocity(z: Tensor, k: int) -> Tensor:
             at_k = [m[:, k : k + 1] for m in modulations]
@@ -236,28 +222,26 @@ class Objective:
     ) -> Tensor:
         """Dream num_frames frames after z_context, one at a time.
 
-        The window is `model.config.max_frames`; a callable without config sees all frames.
+        The window is `model.config.max_frames`; a callable without config sees all frames, one
+        without cache methods is run on the whole window at every step.
 
-        z_context  (B, n, h, w, C)             known frames, returned unchanged in front
+        z_context  (B, n, h, w, C)           known frames, returned unchanged in front
         actions    (B, n + num_frames, A)
         guidance   1.0 skips the branch without actions
-        noise      (B, num_frames, h, w, C)    fixes every draw; else drawn from `generator`
+        noise      (B, num_frames, h, w, C)  fixes every draw; else drawn from `generator`
         context    exact: a full window is encoded anew for every frame; rolling: it keeps its
-                   keys and values while sliding (approximate, 11 frame passes instead of 19)
+                   keys and values as it slides (approximate, 11 frame passes instead of 19)
         ->         (B, n + num_frames, h, w, C)
         """
         B, n, *cell = z_context.shape
         total = n + num_frames
-        if actions.shape[:2] != (B, total):
-            raise InputError(
-                f"rollout of {n} + {num_frames} frames got actions {tuple(actions.shape)}; "
-                f"give ({B}, {total}, A), one action beside every frame"
-            )
         if noise is None:
             noise = draw(torch.randn, (B, num_frames, *cell), z_context, generator)
-        if noise.shape != (B, num_frames, *cell):
+        if actions.shape[:2] != (B, total) or noise.shape != (B, num_frames, *cell):
             raise InputError(
-                f"rollout got noise {tuple(noise.shape)}; give {(B, num_frames, *cell)}"
+                f"rollout of {B} x ({n} + {num_frames}) frames got actions {tuple(actions.shape)} "
+                f"and noise {tuple(noise.shape)}; give one action beside every frame, and noise "
+                "like the new frames"
             )
         if context not in ("exact", "rolling"):
             raise InputError(f"context is {context!r}; choose exact or rolling")
@@ -265,23 +249,24 @@ class Objective:
         cached, cache = hasattr(model, "encode_context"), None
         z = torch.cat((z_context.float(), noise.float()), 1)
         for t in range(n, total):
-            first, eps = max(0, t + 1 - window), z[:, t : t + 1]
+            new, known = slice(t, t + 1), slice(max(0, t + 1 - window), t)
             if not cached:
-                past, acts = z[:, first:t], actions[:, first : t + 1]
-                z[:, t : t + 1] = self.next_frame_uncached(model, past, acts, eps, guidance)
+                beside = actions[:, known.start : t + 1]
+                z[:, new] = self.next_frame_uncached(
+                    model, z[:, known], beside, z[:, new], guidance
+                )
                 continue
             if cache is None or (cache.full and context == "exact"):
-                past, acts = z[:, first:t], actions[:, first:t]
-                cache = self.encode_context(model, past, acts, guidance, cache)
+                cache = self.encode_context(model, z[:, known], actions[:, known], guidance, cache)
             else:
                 self.append(model, cache, z[:, t - 1 : t], actions[:, t - 1], guidance)
-            z[:, t : t + 1] = self.next_frame(model, cache, actions[:, t], eps, guidance)
+            z[:, new] = self.next_frame(model, cache, actions[:, t], z[:, new], guidance)
         return z
 
 
 @dataclass
 class FlowMatching(Objective):
-    """Move frames along straight paths; predict the derivative eps - z."""
+    """Move frames along straight paths; predict the derivative eps - z of the future ones."""
 
     context_tau: float = 0.01  # noise level that known frames are said to have in a rollout
     time_dist: str = "logit_normal"  # logit_normal | uniform, before the shift
@@ -293,36 +278,25 @@ class FlowMatching(Objective):
         if self.time_dist not in ("logit_normal", "uniform"):
             raise InputError(f"time_dist is {self.time_dist!r}; choose logit_normal or uniform")
 
-    def loss(
-        self,
-        model: Callable,
-        z: Tensor,
-        actions: Tensor,
-        num_history: int,
-        generator=None,
-        shard: tuple[int, int] = (0, 1),
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Give the mean squared error of v on the frames after the history.
+    def noised(self, z: Tensor, num_history: int, draw: Callable):
+        """Noise future frames; history is said to be clean (tau 0) but perturbed all the same:
 
-        History is clean (tau 0) but for noise of random strength: (z + s n) / sqrt(1 + s^2),
-        s ~ 0.3 N(0, 1) per frame.
+        (z + s n) / sqrt(1 + s^2),  s ~ 0.3 N(0, 1) per frame.
         """
-        check_clip(z, actions, num_history)
-        z, (B, T), n = z.float(), z.shape[:2], num_history
-        normal = functools.partial(draw, torch.randn, like=z, generator=generator, shard=shard)
-        if self.time_dist == "uniform":
-            tau = draw(torch.rand, (B, T), z, generator, shard)
-        else:
-            tau = normal((B, T)).sigmoid()
-        eps, strength = normal(z.shape), per_frame(HISTORY_NOISE * normal((B, T)))
+        logit_normal = self.time_dist == "logit_normal"
+        tau = (
+            draw(torch.randn, z.shape[:2]).sigmoid()
+            if logit_normal
+            else draw(torch.rand, z.shape[:2])
+        )
         tau = shift_tau(tau, self.shift)
-        tau[:, :n] = 0
-        z_tau = interpolate(z, eps, tau)
-        z_tau[:, :n] = ((z + strength * eps) / (1 + strength**2).sqrt())[:, :n]
-        v = model(z_tau, tau, actions).float()
-        error = (v - (eps - z))[:, n:].square().mean((2, 3, 4))  # (B, T - n)
-        loss = error.mean()
-        return loss, {"loss": loss.detach()}
+        tau[:, :num_history] = 0
+        eps, s = draw(torch.randn, z.shape), HISTORY_NOISE * draw(torch.randn, z.shape[:2])
+        perturbed = (z + per_frame(s) * eps) / (1 + per_frame(s) ** 2).sqrt()
+        z_tau = torch.cat(
+            (perturbed[:, :num_history], interpolate(z, eps, tau)[:, num_history:]), 1
+        )
+        return z_tau, tau, eps - z, num_history
 
     def levels(self) -> list[float]:
         grid = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)
@@ -339,31 +313,15 @@ class FlowMatching(Objective):
 
 @dataclass
 class DDPM(Objective):
-    """Diffuse in 1000 levels; predict v = sqrt(a) eps - sqrt(1 - a) z."""
+    """Diffuse in 1000 levels; predict v = sqrt(a) eps - sqrt(1 - a) z of every frame."""
 
-    def loss(
-        self,
-        model: Callable,
-        z: Tensor,
-        actions: Tensor,
-        num_history: int,
-        generator=None,
-        shard: tuple[int, int] = (0, 1),
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Give the mean squared error of v; every frame is noised and predicted.
-
-        The level of each frame is floor(1000 shift(u)), u uniform; history is not special.
-        """
-        check_clip(z, actions, num_history)
-        z = z.float()
-        u = shift_tau(draw(torch.rand, z.shape[:2], z, generator, shard), self.shift)
-        eps = draw(torch.randn, z.shape, z, generator, shard)
-        level = (DDPM_LEVELS * u).long().clamp(max=DDPM_LEVELS - 1)  # rounding can give 1000
-        a = per_frame(alphas_cumprod(z.device)[level])
-        v = model(a.sqrt() * z + (1 - a).sqrt() * eps, level / DDPM_LEVELS, actions).float()
-        error = (v - (a.sqrt() * eps - (1 - a).sqrt() * z)).square().mean((2, 3, 4))  # (B, T)
-        loss = error.mean()
-        return loss, {"loss": loss.detach()}
+    def noised(self, z: Tensor, num_history: int, draw: Callable):
+        """Noise all frames alike, each at level floor(1000 shift(u)), u uniform."""
+        level = (DDPM_LEVELS * shift_tau(draw(torch.rand, z.shape[:2]), self.shift)).long()
+        level = level.clamp(max=DDPM_LEVELS - 1)  # rounding can give 1000
+        a, eps = per_frame(alphas_cumprod(z.device)[level]), draw(torch.randn, z.shape)
+        z_tau, v = a.sqrt() * z + (1 - a).sqrt() * eps, a.sqrt() * eps - (1 - a).sqrt() * z
+        return z_tau, level / DDPM_LEVELS, v, 0
 
     def grid(self) -> list[int]:
         """Give linspace(-1, 999, steps + 1) from noise to clean, as integers; -1 is clean."""
@@ -374,12 +332,10 @@ class DDPM(Objective):
         return [level / DDPM_LEVELS for level in self.grid()]
 
     def step(self, z: Tensor, v: Tensor, k: int) -> Tensor:
-        """Estimate the clean frame and its noise, and mix them at the next level (DDIM, eta 0)."""
-        a, a_next = (
-            1.0 if level < 0 else alphas_cumprod()[level].item() for level in self.grid()[k : k + 2]
-        )
-        clean = a**0.5 * z - (1 - a) ** 0.5 * v
-        eps = (1 - a) ** 0.5 * z + a**0.5 * v
+        """Mix the clean frame and the noise that v implies at the next level (DDIM, eta 0)."""
+        levels, table = self.grid()[k : k + 2], alphas_cumprod().tolist()
+        a, a_next = (1.0 if level < 0 else table[level] for level in levels)
+        clean, eps = a**0.5 * z - (1 - a) ** 0.5 * v, (1 - a) ** 0.5 * z + a**0.5 * v
         return a_next**0.5 * clean + (1 - a_next) ** 0.5 * eps
 
     def condition(self, z: Tensor) -> tuple[Tensor, Tensor]:
