@@ -54,12 +54,6 @@ STATISTICS = {
 }
 HOMES = {name: f"weights/{kind}/decoder" for kind, name in DECODERS.items()}
 HOMES |= {name: f"weights/{kind}" for kind, name in (*STATISTICS.items(), *RELEASES.items())}
-FILES = {  # looked for in this order; in a folder here also the one that fits a pattern
-    "vae": ("diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
-    "vavae": ("vavae-imagenet256-f16d32-dinov2.pt", "vavae*.pt"),
-    "cosmos": ("encoder.jit",),
-    "vjepa2": ("vjepa2_1_vitl_dist_vitG_384.pt", "vjepa*.pt"),
-}
 TRANSFORMERS = ("model.safetensors.index.json", "model.safetensors")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of a network's input
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -95,10 +89,6 @@ class EncoderConfig:
                 raise ValueError(f"{name} is an option of {', '.join(types)} only")
 
 
-# ------------------------------------------------------------------------------------------------
-# Finding and reading files
-
-
 def fetch(name: str, file: str, cached: bool) -> Path:
     """Return a file of a hub id (org/name/folder) or https folder: the cached one, or download."""
     if name.startswith("https://"):
@@ -123,11 +113,9 @@ def find(name: str, *files: str, download: bool = True) -> Path:
     """
     home, reason = HOMES.get(name, "a folder"), ""
     path = Path(home if name in HOMES and Path(home).is_dir() else name).expanduser()
-    if path.is_file():
-        return path
-    for file in files if path.is_dir() else ():
-        if len(found := list(path.glob(file))) == 1:
-            return found[0]
+    for file in files:
+        if path.is_file() or len(found := list(path.glob(file))) == 1:
+            return path if path.is_file() else found[0]
     remote = r"https://.+|(?!.*\.(pt|jit|safetensors)$)\w[\w.-]*(/[\w.-]+)+"
     if path.is_dir() or not re.fullmatch(remote, name):
         raise MissingFileError(f"{path}: no such file, or a folder without {files[0]}; check it")
@@ -137,25 +125,24 @@ def find(name: str, *files: str, download: bool = True) -> Path:
                 return fetch(name, file, cached)
             except (OSError, ValueError) as error:
                 reason = type(error).__name__
-            if reason == "LocalEntryNotFoundError" and not cached:
-                break  # no connection
+            if not cached and reason == "LocalEntryNotFoundError":  # no connection
+                break
+    page = name if "://" in name else f"https://huggingface.co/{name}"
     raise MissingFileError(
-        f"{name if '://' in name else 'https://huggingface.co/' + name}: {files[0]} is not on this "
-        f"machine and not downloadable ({reason}); fetch it and any config.json beside it where you "
-        f"can (a licence may have to be accepted), put them in {home} here, or name their folder"
+        f"{page}: {files[0]} is not on this machine and not downloadable ({reason}); fetch it and "
+        "any config.json beside it where you can (a licence may have to be accepted), put them in "
+        f"{home} here, or name their folder"
     )
 
 
-def beside(path: Path, name: str, file: str = "config.json") -> Path:
+def beside(path: Path, name: str, file: str) -> Path:
     """Return a companion of a file that was found in `name`."""
     here = Path(name).expanduser().exists() or (path.parent / file).is_file()
     return find(str(path.parent) if here else name, file)
 
 
-def read_json(path: Path, key: str = "", required: bool = True) -> dict:
+def read_json(path: Path, key: str) -> dict:
     """Read a JSON object, or the object under a key of it if it has that key."""
-    if not required and not path.is_file():
-        return {}
     try:
         values = json.loads(path.read_text())
         return dict(values.get(key, values))
@@ -163,37 +150,26 @@ def read_json(path: Path, key: str = "", required: bool = True) -> dict:
         raise InputError(f"{path}: no readable JSON object ({error}); fetch it again") from error
 
 
-def read_tensors(path: Path, prefixes=("",), strip=(), containers=()) -> dict[str, Tensor]:
+def read_tensors(path: Path, keep: tuple, strip: tuple, containers: tuple) -> dict[str, Tensor]:
     """Read float tensors by name from .safetensors, or from a .pt without running code.
 
-    prefixes    keep names that begin with one of these; strip: then cut these off the front
-    containers  entries of a .pt that may hold the tensors, first come; else its top level does
+    keep, strip  beginnings of the names that are read, and what is then cut off their front
+    containers   entries of a .pt that may hold the tensors, first come; else its top level does
     """
     if path.suffix == ".safetensors":
         with data.open_tensors(path) as (file, _):
-            state = {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefixes)}
+            state = {key: file.get_tensor(key) for key in file.keys() if key.startswith(keep)}
     else:
         state = data.load_torch(path)
         state = state if isinstance(state, dict) else {"its content": state}
         state = next((state[name] for name in containers if name in state), state)
-        state = {f"{k}": v for k, v in dict(state).items() if f"{k}".startswith(prefixes)}
+        state = state if isinstance(state, dict) else {"its content": state}
+        state = {f"{key}": value for key, value in state.items() if f"{key}".startswith(keep)}
     for name, value in state.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             wanted = " or ".join(containers) or "tensors only"
             raise InputError(f"{path}: '{name}' is no float tensor; name a file with {wanted}")
     return data.strip_prefixes(state, strip)
-
-
-def read_transformers(name: str, prefixes=("",), strip=()) -> tuple[Path, dict, dict]:
-    """Read (path, tensors, config) of a transformers folder or hub id, from the shards needed."""
-    path = find(name, *TRANSFORMERS)
-    state, shards = {}, [path.name]
-    if path.suffix == ".json":
-        table = read_json(path, "weight_map")
-        shards = sorted({str(table[key]) for key in table if key.startswith(prefixes)})
-    for shard in shards:
-        state |= read_tensors(beside(path, name, shard), prefixes, strip)
-    return path, state, read_json(beside(path, name), "vision_config")
 
 
 def read_stats(path: Path, latent_dim: int) -> Tensor:
@@ -207,8 +183,8 @@ def read_stats(path: Path, latent_dim: int) -> Tensor:
     try:
         std = values["std"] if values.get("std") is not None else (values["var"] + 1e-5).sqrt()
         pair = [torch.zeros(latent_dim) if values.get("mean") is None else values["mean"], std]
-        cells = [value.shape[-2:] if value.ndim > 2 else (1, 1) for value in pair]
-        pair = [v.float().reshape(latent_dim, *c) for v, c in zip(pair, cells, strict=True)]
+        pair = [value.view(-1, 1, 1) if value.ndim == 1 else value for value in pair]
+        pair = [value.float().reshape(latent_dim, *value.shape[-2:]) for value in pair]
         stats = torch.stack(torch.broadcast_tensors(*pair))
         if not (stats.isfinite().all() and (stats[1] > 0).all()):
             raise ValueError("not all finite and positive")
@@ -218,10 +194,6 @@ def read_stats(path: Path, latent_dim: int) -> Tensor:
     return stats.movedim(1, -1).contiguous()
 
 
-# ------------------------------------------------------------------------------------------------
-# Networks
-
-
 class Network(nn.Module):
     """The tensors of a public file under their own names, and the layers that ask for them.
 
@@ -229,28 +201,30 @@ class Network(nn.Module):
     unused  beginnings of names that the forward pass does without
     """
 
+    files, keep, strip, containers = TRANSFORMERS, ("",), (), ()  # see find, read_tensors
+    needs_config = (True, True)  # from a folder here, from the hub; else there may be none
     unused: tuple[str, ...] = ()
     eps, rename = 1e-6, str  # rename: our name of a tensor to the file's
     size: int | None = None  # side of the frames it is made for; none: any
-    mean_std, clamp = HALF, False  # of its input
+    mean_std, clamp, last = HALF, False, ""  # of its input; of its output, see DINO
     frames, chunk, archives = 1, 32, ()  # frames a latent, frames a call, TorchScript files
 
     def __init__(self, where: Path, state: dict[str, Tensor], config: dict):
         super().__init__()
         self.where, self.config, self.asked, self.counts = where, config, set(), {}
-        for name in sorted(state):  # "/": a buffer's name has no dots
-            self.register_buffer(name.replace(".", "/"), state[name].to(torch.float32, copy=True))
+        for name in sorted(state):  # register_buffer takes no dots in a name
+            self._buffers[name] = state[name].to(torch.float32, copy=True)
 
     def fault(self, what: str) -> InputError:
         return InputError(f"{self.where}: {what}; name the file and config.json of this encoder")
 
     def has(self, name: str) -> bool:
-        return self.rename(name).replace(".", "/") in self._buffers
+        return self.rename(name) in self._buffers
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """Return a tensor; give its shape where broadcasting could hide that it is another."""
         self.asked.add(name := self.rename(name))
-        value = self._buffers.get(name.replace(".", "/"))
+        value = self._buffers.get(name)
         if value is None:
             raise self.fault(f"tensor {name} is missing")
         if shape and value.shape != shape:
@@ -266,7 +240,7 @@ class Network(nn.Module):
     def count(self, prefix: str, key: str = "") -> int:
         """Count layers: the config's `key`, else one more than the largest number after `prefix`."""
         if prefix not in self.counts:
-            pattern = re.compile(re.escape(self.rename(prefix).replace(".", "/")) + r"(\d{1,3})/")
+            pattern = re.compile(re.escape(self.rename(prefix)) + r"(\d{1,3})\.")
             found = [int(match[1]) for name in self._buffers if (match := pattern.match(name))]
             self.counts[prefix] = self.number(key, max(found, default=0) + 1)
         return self.counts[prefix]
@@ -307,32 +281,9 @@ class Network(nn.Module):
             raise self.fault(f"its tensors do not fit together ({error})") from error
         finally:
             self._buffers = buffers
-        left = sorted({name.replace("/", ".") for name in buffers} - self.asked)
-        left = [name for name in left if not name.startswith(self.unused)]
+        left = [k for k in buffers if k not in self.asked and not k.startswith(self.unused)]
         if left:
             raise self.fault(f"{len(left)} unexpected tensors: {', '.join(left[:4])}")
-
-
-def rotate(x: Tensor, turn: Tensor, halves: bool) -> Tensor:
-    """Turn pairs of channels by position, (a + ib) e^(i angle), in float32.    [Su et al. 2021]
-
-    x (..., n, d), turn (n, d / 2) complex; a pair is channels j, j + d / 2 (halves) or 2j, 2j + 1
-    """
-    pairs = x.float().unflatten(-1, (2, -1)).mT if halves else x.float().unflatten(-1, (-1, 2))
-    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
-    return (turned.mT if halves else turned).flatten(-2).type_as(x)
-
-
-def turns(*axes: Tensor, pairs: int, total: int) -> Tensor:
-    """Return e^(i angle), angle_k = position * 10000^(-k / pairs), axis after axis; the rest 1.
-
-    axes  positions along each axis of a grid of n tokens   ->  (n, total) complex
-    """
-    frequency = 10000 ** (-torch.arange(pairs, device=axes[0].device) / pairs)
-    grid = torch.meshgrid(*axes, indexing="ij")
-    angle = torch.cat([axis.reshape(-1, 1) * frequency for axis in grid], dim=1)
-    angle = F.pad(angle, (0, total - angle.shape[1]))
-    return torch.polar(torch.ones_like(angle), angle)
 
 
 def resize_grid(x: Tensor, size: tuple[int, int], mode: str, antialias: bool = False) -> Tensor:
@@ -349,6 +300,18 @@ def unpatchify(x: Tensor, p: int) -> Tensor:
     return x.flatten(4).flatten(2, 3)
 
 
+def turns(*axes: Tensor, pairs: int, total: int) -> Tensor:
+    """Return e^(i angle), angle_k = position * 10000^(-k / pairs), axis after axis; the rest 1.
+
+    axes  positions along each axis of a grid of n tokens   ->  (n, total) complex
+    """
+    frequency = 10000 ** (-torch.arange(pairs, device=axes[0].device) / pairs)
+    grid = torch.meshgrid(*axes, indexing="ij")
+    angle = torch.cat([axis.reshape(-1, 1) * frequency for axis in grid], dim=1)
+    angle = F.pad(angle, (0, total - angle.shape[1]))
+    return torch.polar(torch.ones_like(angle), angle)
+
+
 class Transformer(Network):
     """A stack of pre-norm blocks; subclasses say what the file calls the parts of a block.
 
@@ -358,6 +321,16 @@ class Transformer(Network):
 
     blocks, norm1, norm2, qkv, proj = "blocks.", "norm1", "norm2", ("attn.qkv",), "attn.proj"
     fc1, fc2, scales, act, halves = ("mlp.fc1",), "mlp.fc2", (), staticmethod(F.gelu), False
+
+    def rotate(self, x: Tensor, turn: Tensor) -> Tensor:
+        """Turn pairs of channels by position, (a + ib) e^(i angle), in float32. [Su et al. 2021]
+
+        x (N, heads, n, d), turn (n, d / 2); a pair is 2j, 2j + 1, or j, j + d / 2 in `halves`
+        """
+        x, dtype = x.float(), x.dtype
+        pairs = x.unflatten(-1, (2, -1)).mT if self.halves else x.unflatten(-1, (-1, 2))
+        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
+        return (turned.mT if self.halves else turned).flatten(-2).to(dtype)
 
     def parts(self, x: Tensor, names: list[str], count: int) -> list[Tensor]:
         """Apply `count` layers, which the file may hold as one."""
@@ -372,7 +345,7 @@ class Transformer(Network):
         qkv = self.parts(y, [name + part for part in self.qkv], 3)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv)
         if turn is not None:
-            q, k = rotate(q, turn, self.halves), rotate(k, turn, self.halves)
+            q, k = self.rotate(q, turn), self.rotate(k, turn)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  #      (N, heads, n, d)
         y = self.linear(y.transpose(1, 2).flatten(2), name + self.proj)
         x = torch.addcmul(x, y, scales[0]) if scales else x + y
@@ -383,19 +356,19 @@ class Transformer(Network):
 
 
 class DINO(Transformer):
-    """DINOv2 with registers (RAE) and Web-DINO: images to tokens, by a table of positions.
+    """DINOv2 as in Web-DINO: images to tokens, by a table of positions.
 
     last  the norm at the end: the "file"'s, a "plain" one without weights in its place, or "none"
     """
 
-    mean_std, unused = IMAGENET, ("embeddings.mask_token",)
+    mean_std, last, unused = IMAGENET, "file", ("embeddings.mask_token",)
     patch, table = "embeddings.patch_embeddings.projection", "embeddings.position_embeddings"
     cls, registers, end = "embeddings.cls_token", "embeddings.register_tokens", "layernorm"
     blocks, proj = "encoder.layer.", "attention.output.dense"
     qkv = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
     scales = ("layer_scale1.lambda1", "layer_scale2.lambda1")
 
-    def __init__(self, where: Path, state: dict, config: dict, last: str):
+    def __init__(self, where: Path, state: dict, config: dict):
         super().__init__(where, state, config)
         self.dim, _, _, self.unit = self.shape(f"{self.patch}.weight", 4)
         self.heads = self.number("num_attention_heads", 12, self.dim)
@@ -406,7 +379,6 @@ class DINO(Transformer):
         self.places = self.tensor(self.table).numel() // self.dim - bool(self.cls)
         self.h = math.isqrt(self.places)  # RAE uses its encoder, made for 518 pixels, at 224
         self.size = 224 if self.has(self.registers) else self.h * self.unit
-        self.last, self.unused = last, (*self.unused, f"{self.end}." if last != "file" else "\n")
         self.check(self.encode, 1, 3, 2 * self.unit, 2 * self.unit)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -427,12 +399,19 @@ class DINO(Transformer):
         return self.norm(x, self.end) if self.last == "file" else plain
 
 
+class RAE(DINO):
+    """DINOv2 with registers as in RAE, which strips the weights of the last norm after loading."""
+
+    last, unused = "plain", ("embeddings.mask_token", "layernorm.")
+
+
 class SigLIP(DINO):
     """SigLIP's vision tower (Scale-RAE), to its last layer: as DINO, without CLS and scales."""
 
-    mean_std, unused = HALF, ("head.",)
+    keep, strip = ("vision_model.", "embeddings.", "encoder."), ("vision_model.",)
+    mean_std, last, unused = HALF, "plain", ("head.", "post_layernorm.")
     patch, table = "embeddings.patch_embedding", "embeddings.position_embedding.weight"
-    cls, registers, end = "", "", "post_layernorm"
+    cls, registers = "", ""
     blocks, norm1, norm2 = "encoder.layers.", "layer_norm1", "layer_norm2"
     qkv, proj = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj"
     scales, act = (), staticmethod(functools.partial(F.gelu, approximate="tanh"))
@@ -444,6 +423,8 @@ class VJEPA(Transformer):
     Each axis turns 2 floor(floor(d / 3) / 2) channels of a head, the rest of it stays as it is.
     """
 
+    files, needs_config = ("vjepa2_1_vitl_dist_vitG_384.pt", "vjepa*.pt"), (False, False)
+    containers, strip = ("ema_encoder", "target_encoder"), ("module.", "backbone.")
     size, mean_std, clamp = 256, IMAGENET, True
     unused = ("norms_block.0.", "norms_block.1.", "norms_block.2.")  # of intermediate outputs
 
@@ -480,13 +461,14 @@ class QwenTower(Transformer):
     mask says as well as upstream's permutation does. Pairs never see each other.
     """
 
+    keep = strip = ("visual.", "model.visual.")
     size, mean_std, clamp, unused = 224, CLIP, True, ("merger.mlp.",)
     fc1, fc2, act, halves = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", None, True
 
-    def __init__(self, where: Path, state: dict, config: dict, video: bool):
+    def __init__(self, where: Path, state: dict, config: dict):
         super().__init__(where, state, config)
         self.dim, _, self.pair, _, p = self.shape("patch_embed.proj.weight", 5)
-        self.frames = self.pair if video else 1
+        self.frames = self.pair  # or 1: every frame is an image, paired with itself
         self.heads = self.number("num_heads", 16, self.dim // 4)
         self.depth = self.count(self.blocks, "depth")
         self.unit = p * self.number("spatial_merge_size", 2)  # windows hold whole groups of patches
@@ -500,7 +482,7 @@ class QwenTower(Transformer):
         return F.rms_norm(x, x.shape[-1:], self.tensor(f"{name}.weight"), 1e-6)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Map frames (N, 3, H, W) to tokens (N / frames, h, w, D); an image is paired to itself."""
+        """Map frames (N, 3, H, W) to tokens (N / frames, h, w, D)."""
         x = x.unflatten(0, (-1, self.frames)).transpose(1, 2).expand(-1, -1, self.pair, -1, -1)
         x = self.conv(x, "patch_embed.proj", bias=False, stride=0).squeeze(2).movedim(1, -1)
         h, w, D = x.shape[1:]
@@ -517,6 +499,8 @@ class QwenTower(Transformer):
 class ViTDecoder(Transformer):
     """Decoder of RAE and Scale-RAE, a ViT-MAE decoder: tokens to the patches of an image."""
 
+    files, needs_config = ("model.pt", "*dec*.pt"), (False, False)
+    strip = ("module.", "_orig_mod.")
     blocks, norm1, norm2 = "decoder_layers.", "layernorm_before", "layernorm_after"
     qkv, proj, fc1, fc2 = DINO.qkv, DINO.proj, ("intermediate.dense",), "output.dense"
 
@@ -545,7 +529,8 @@ class ViTDecoder(Transformer):
 class KLAutoencoder(Network):
     """The autoencoder of latent diffusion, under the names of LDM (VA-VAE) or diffusers (SD3)."""
 
-    chunk = 8
+    files = ("diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors")
+    needs_config, chunk = (False, True), 8
     names = """
         encoder.down.=encoder.down_blocks. decoder.up.=decoder.up_blocks. .block.=.resnets.
         sample.conv.=samplers.0.conv. mid.block_1.=mid_block.resnets.0.
@@ -624,6 +609,13 @@ class KLAutoencoder(Network):
         return self.layer(x, "decoder.norm_out", "decoder.conv_out")
 
 
+class VAVAE(KLAutoencoder):
+    """VA-VAE: the same, in a training checkpoint."""
+
+    files, containers = ("vavae-imagenet256-f16d32-dinov2.pt", "vavae*.pt"), ("state_dict",)
+    keep, needs_config = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."), (False, False)
+
+
 class Patches(Network):
     """No network: z is the p x p x 3 values of a patch, undone exactly.
 
@@ -648,7 +640,7 @@ class Patches(Network):
 class Cosmos(Network):
     """NVIDIA's TorchScript archives. They run code, and a trace bakes its dtype in: never cast."""
 
-    chunk = 8
+    files, chunk = ("encoder.jit",), 8
 
     def __init__(self, encoder: Path, decoder: Path):
         super().__init__(encoder, {}, {})
@@ -676,41 +668,30 @@ class Cosmos(Network):
         return self.run(1, z.movedim(-1, 1).contiguous())
 
 
-# ------------------------------------------------------------------------------------------------
-# Encoders
+NETWORKS = {"pixels": Patches, "vae": KLAutoencoder, "vavae": VAVAE, "cosmos": Cosmos, "rae": RAE}
+NETWORKS |= {"scale_rae_siglip": SigLIP, "scale_rae_webssl": DINO, "vjepa2": VJEPA}
+NETWORKS["qwen"] = QwenTower
 
 
-def load_network(config: EncoderConfig) -> Network:
-    """Find, read and build the network that encodes."""
-    kind, name = config.encoder_type, config.weights or RELEASES[config.encoder_type]
-    if kind == "pixels":
-        return Patches(config.patch_size)
-    if kind == "qwen":
-        names = ("visual.", "model.visual.")
-        return QwenTower(*read_transformers(name, names, names), config.qwen_mode == "video")
-    if kind == "scale_rae_siglip":
-        names = ("vision_model.", "embeddings.", "encoder.")
-        file = read_transformers(name, names, names[:1])
-        return SigLIP(*file, "plain" if config.final_norm else "none")
-    if kind in ("rae", "scale_rae_webssl"):
-        return DINO(*read_transformers(name), "plain" if kind == "rae" else "file")
-    path = find(name, *FILES[kind])
-    if kind == "cosmos":
+def load(cls: type, name: str) -> Network:
+    """Find, read and build a network: its tensors, from the shards needed, and its config.json."""
+    path, state = find(name, *cls.files), {}
+    if cls is Cosmos:
         return Cosmos(path, beside(path, name, "decoder.jit"))
-    if kind == "vjepa2":
-        containers, strip = ("ema_encoder", "target_encoder"), ("module.", "backbone.")
-        return VJEPA(path, read_tensors(path, strip=strip, containers=containers), {})
-    local = kind == "vavae" or Path(name).expanduser().exists()  # no config.json: as released
-    values = read_json(path.parent / "config.json" if local else beside(path, name), "", not local)
-    keep = ("",) if kind == "vae" else ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-    return KLAutoencoder(path, read_tensors(path, keep, containers=("state_dict",)), values)
+    shards, config = [path.name], path.parent / "config.json"
+    if path.suffix == ".json":
+        table = read_json(path, "weight_map")
+        shards = sorted({str(table[key]) for key in table if key.startswith(cls.keep)})
+    for shard in shards:
+        state |= read_tensors(beside(path, name, shard), cls.keep, cls.strip, cls.containers)
+    if cls.needs_config[not Path(name).expanduser().exists()]:
+        config = beside(path, name, "config.json")
+    return cls(path, state, read_json(config, "vision_config") if config.is_file() else {})
 
 
 def load_decoder(config: EncoderConfig, latent_dim: int) -> ViTDecoder:
-    """Find, read and build the decoder of RAE or Scale-RAE; no config.json: as released."""
-    path = find(config.decoder_weights or DECODERS[config.encoder_type], "model.pt", "*dec*.pt")
-    values = read_json(path.parent / "config.json", required=False)
-    decoder = ViTDecoder(path, read_tensors(path, strip=("module.", "_orig_mod.")), values)
+    """Load the decoder of RAE or Scale-RAE."""
+    decoder = load(ViTDecoder, config.decoder_weights or DECODERS[config.encoder_type])
     if decoder.in_dim != latent_dim:
         raise decoder.fault(f"it decodes {decoder.in_dim} channels, not {latent_dim}")
     return decoder
@@ -731,7 +712,13 @@ class BaseAutoencoder(nn.Module):
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
-        kind, network = config.encoder_type, load_network(config)
+        kind = config.encoder_type
+        if kind == "pixels":
+            network = Patches(config.patch_size)
+        else:
+            network = load(NETWORKS[kind], config.weights or RELEASES[kind])
+        network.frames = 1 if config.qwen_mode == "image" else network.frames
+        network.last = network.last if config.final_norm else "none"
         self.config, self.network, self.decoder = config, network, None
         self.latent_dim, self.temporal_stride = network.dim, network.frames
         self.image_size = config.image_size or network.size
@@ -745,18 +732,14 @@ class BaseAutoencoder(nn.Module):
             stats[0] = network.number("shift_factor", 0.0609) * config.sd3_shift
             stats[1] = 1 / network.number("scaling_factor", 1.5305)
         if config.latent_stats or config.standardize:
-            name = config.latent_stats or str(network.where.parent)
-            if (
-                not config.latent_stats
-                and not (network.where.parent / "latents_stats.pt").is_file()
-            ):
-                name = STATISTICS[kind]
+            own = network.where.parent / "latents_stats.pt"
+            name = config.latent_stats or (str(own) if own.is_file() else STATISTICS[kind])
             stats = read_stats(find(name, "latents_stats.pt", "stat.pt"), network.dim)
         mean_std = torch.tensor(network.mean_std).view(2, 3, 1, 1)
         self.register_buffer("stats", stats, persistent=False)
         self.register_buffer("mean_std", mean_std, persistent=False)
         facts = [kind, network.dim, self.image_size, config.qwen_mode, config.final_norm]
-        facts += [path.read_bytes() for path in network.archives[:1]]
+        facts += [hashlib.sha256(path.read_bytes()).digest() for path in network.archives[:1]]
         for name, value in (*network.state_dict().items(), ("stats", stats)):
             bits = value.view(torch.int32).sum(dtype=torch.int64).item()  # exact in any order
             facts += [name, tuple(value.shape), bits]
@@ -790,9 +773,7 @@ class BaseAutoencoder(nn.Module):
         low, high = (value.item() for value in torch.aminmax(frames))
         if not (frames.is_floating_point() and low >= -1e-3 and high <= 1.001):  # refuses NaN too
             what = f"frames are {frames.dtype} from {low:.4g} to {high:.4g}"
-            raise InputError(
-                f"{what}; give uint8, or floats in [0, 1] (0..255 / 255, (-1..1 + 1) / 2)"
-            )
+            raise InputError(f"{what}; give floats in [0, 1] (0..255: divide by 255), or uint8")
 
     def features(self, frames: Tensor) -> Tensor:
         """Resize and normalise frames (N, H, W, 3) and encode them."""
@@ -849,10 +830,6 @@ def create_autoencoder(config: EncoderConfig) -> BaseAutoencoder:
     return BaseAutoencoder(config)
 
 
-# ------------------------------------------------------------------------------------------------
-# Command line
-
-
 @dataclasses.dataclass(frozen=True)
 class Args(EncoderConfig):
     """Print the table of encoders, or show what one makes of a picture."""
@@ -865,12 +842,13 @@ def main() -> None:
     args = data.parse_args(Args)
     if args.image is None:
         for row in TABLE.splitlines():
-            kind, name, found = row.split()[0], row.split()[-1], "found"
-            if kind in RELEASES:
-                try:
-                    find(name, *FILES.get(kind, TRANSFORMERS), download=False)
-                except MissingFileError:
-                    found = "yes" if kind == "pixels" else "no"
+            kind, name, found = row.split()[0], row.split()[-1], "yes"
+            try:
+                find(name, *NETWORKS[kind].files, download=False)
+            except MissingFileError:
+                found = "yes" if kind == "pixels" else "no"
+            except KeyError:
+                found = "found"  # the head of the table
             print(f"{row[:44]}{found:6}{row[44:]}")
         return
     encoder, file = create_autoencoder(args), Path(args.image)
@@ -888,9 +866,7 @@ def main() -> None:
         tile = Image.fromarray(data.to_uint8(picture)).resize((256, 256), Image.Resampling.NEAREST)
         sheet.paste(tile, (256 * i, 0))
     data.write_atomic(args.output, lambda path: sheet.save(path, "PNG"))
-    print(
-        f"{args.output}: input | {'reconstruction | ' * encoder.has_decoder}latents {z.shape[1:]}"
-    )
+    print(f"{args.output}: input, {'reconstruction, ' * encoder.has_decoder}latents {z.shape[1:]}")
 
 
 if __name__ == "__main__":

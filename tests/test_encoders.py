@@ -726,16 +726,16 @@ def test_golden_qwen(shared):
 FULL = {
     "sd3_vae": lambda s: encoders.KLAutoencoder(Path("x"), s, {}),
     "vavae_f16d32": lambda s: encoders.KLAutoencoder(Path("x"), s, {}),
-    "dinov2_with_registers_base": lambda s: encoders.DINO(Path("x"), s, {}, "plain"),
+    "dinov2_with_registers_base": lambda s: encoders.RAE(Path("x"), s, {}),
     "webssl_dino300m_full2b_224": lambda s: encoders.DINO(
-        Path("x"), s, {"num_attention_heads": 16}, "file"
+        Path("x"), s, {"num_attention_heads": 16}
     ),
     "siglip2_so400m_patch14_224_vision": lambda s: encoders.SigLIP(
-        Path("x"), s, {"num_attention_heads": 16}, "plain"
+        Path("x"), s, {"num_attention_heads": 16}
     ),
     "vjepa2_1_vitl_384": lambda s: encoders.VJEPA(Path("x"), s, {}),
     "vjepa2_1_vitb_384": lambda s: encoders.VJEPA(Path("x"), s, {}),
-    "qwen2_5_vl_3b_visual": lambda s: encoders.QwenTower(Path("x"), s, {}, True),
+    "qwen2_5_vl_3b_visual": lambda s: encoders.QwenTower(Path("x"), s, {}),
     "rae_decoder_dinov2_wreg_base_vitxl": lambda s: encoders.ViTDecoder(Path("x"), s, {}),
     "scale_rae_decoder_siglip2_so400m": lambda s: encoders.ViTDecoder(Path("x"), s, {}),
     "scale_rae_decoder_webssl300m": lambda s: encoders.ViTDecoder(Path("x"), s, {}),
