@@ -1,0 +1,601 @@
+"""Training an adapter: loss terms with known answers, one process or two, killed and resumed."""
+
+import csv
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import train_adapter
+from adapter import AdapterConfig, PixelDecoder, PixelDecoderConfig, create_adapter, load_adapter
+from data import InputError, append_index, load_torch, write_episode
+from train_adapter import COLUMNS, Args, Autoencoder, Critic, balance, ms_ssim
+
+ROOT = Path(train_adapter.__file__).parent
+ADAPTER = AdapterConfig(
+    adapter_latent_dim=6, adapter_num_layers=1, adapter_num_heads=4, adapter_intermediate_size=32
+)
+TINY = (
+    "--subset_names tiny --image_size 32 --num_frames 2 --stride 1 --num_workers 0 "
+    "--encoder_type pixels --pixel_patch 4 --adapter_latent_dim 6 --adapter_num_layers 1 "
+    "--adapter_num_heads 4 --adapter_intermediate_size 32 --use_pixel_decoder true "
+    "--decoder_channels 32 --decoder_multipliers 1,1,1 --decoder_blocks 1 --lpips_weight 0 "
+    "--ms_ssim_scales 2 --batch_size 4 --num_epochs 8 --lr 3e-3 --val_clips 2 --val_every 100 "
+    "--save_every 100 --log_every 1 --device cpu"
+).split()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A data set of 8 + 2 short episodes: a square that moves over a slope of colours."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    episodes = {"train": [], "test": []}
+    slope = np.linspace(40, 200, 32).astype(np.uint8)
+    for number in range(10):
+        split, color, place = "train" if number < 8 else "test", rng.integers(256, size=3), 3
+        frames = np.stack([np.stack([slope[None].repeat(32, 0)] * 3, -1)] * 5)
+        for t in range(5):
+            frames[t, place : place + 8, 3 * t : 3 * t + 8] = color
+        path = root / "tiny" / split / f"{number:09d}.safetensors"
+        actions = rng.normal(size=(5, 10)).astype(np.float32)
+        about = {"fps": 5, "source": "test"}
+        episodes[split].append(write_episode(path, frames, actions, about))
+    header = {"dataset": "tiny", "fps": 5, "action_mapping": "bridge", "image_size": 32}
+    append_index(root / "tiny", header)
+    append_index(root / "tiny", {"shard": "all", "episodes": episodes})
+    return root
+
+
+@pytest.fixture
+def train(tiny, tmp_path, monkeypatch):
+    """Run the script in this process: train(folder name, flags...) -> folder."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(name, *flags, resume=False):
+        folder = tmp_path / name
+        words = ["--resume", str(folder)] if resume else [*TINY, "--dataset_dir", str(tiny)]
+        words += [] if resume else ["--output_dir", str(folder)]
+        monkeypatch.setattr(sys, "argv", ["train_adapter.py", *words, *map(str, flags)])
+        train_adapter.main()
+        return folder
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Weights of a run without further flags, filled by the first test that needs them."""
+    return {}
+
+
+def parameters(folder):
+    """Read all weights of a run's adapter file: {name: tensor}."""
+    return data.load_tensors(folder / "adapter.safetensors")[0]
+
+
+def rows(folder):
+    with open(folder / "log.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def tensors(tree, name=""):
+    """Flatten nested dicts and lists: {path: tensor or number}."""
+    if isinstance(tree, dict | list | tuple):
+        pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {k: v for key, sub in pairs for k, v in tensors(sub, f"{name}/{key}").items()}
+    return {name: tree}
+
+
+def same(one, other):
+    """Whether two checkpoints hold the same names, numbers and bits."""
+    a, b = (tensors(load_torch(folder / "last.pt")) for folder in (one, other))
+    assert a.keys() == b.keys() and len(a) > 30
+    return all(torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss terms
+
+
+def test_ssim_agrees_with_skimage():
+    metrics = pytest.importorskip("skimage.metrics")
+    a, b = torch.rand(2, 40, 48, 3), torch.rand(2, 40, 48, 3)
+    b = 0.7 * a + 0.3 * b
+    expected = [
+        metrics.structural_similarity(
+            *(x.double().numpy() for x in pair),
+            channel_axis=-1,
+            data_range=1.0,
+            gaussian_weights=True,
+            use_sample_covariance=False,
+        )
+        for pair in zip(a, b, strict=True)
+    ]
+    np.testing.assert_allclose(ms_ssim(a, b, 1), expected, atol=1e-5)  # float32 against float64
+
+
+def test_ms_ssim_of_plain_frames_is_their_luminance_to_the_last_exponent():
+    """Without structure, contrast terms are 1 at every scale: l^0.1333, l = (2ab+c)/(aa+bb+c)."""
+    a, b = torch.full((1, 176, 176, 3), 0.2), torch.full((1, 176, 176, 3), 0.5)
+    luminance = (2 * 0.2 * 0.5 + 1e-4) / (0.2**2 + 0.5**2 + 1e-4)
+    assert ms_ssim(a, b).item() == pytest.approx(luminance**0.1333, abs=1e-4)
+    assert ms_ssim(a, b, 1).item() == pytest.approx(luminance, abs=1e-4)
+
+
+def test_ms_ssim_is_one_for_equal_frames_and_falls_with_noise():
+    a = torch.rand(1, 2, 176, 176, 3)
+    values = [ms_ssim(a, a + s * torch.randn_like(a)).mean().item() for s in (0, 0.05, 0.2)]
+    assert values[0] == pytest.approx(1, abs=1e-5) and values[0] > values[1] > values[2]
+    assert ms_ssim(a, a).shape == (1, 2)
+
+
+def test_ms_ssim_can_be_descended_from_any_start():
+    a, b = torch.rand(1, 48, 48, 3), torch.rand(1, 48, 48, 3)
+    b.requires_grad_()
+    (1 - ms_ssim(1 - b, a, 3)).sum().backward()  # anti-correlated: the base of the power is cut
+    assert b.grad.isfinite().all()
+
+
+def feature_loss(z_rec, z, mean, logvar, kl_weight=1.0, **flags):
+    args = Args(adapter=ADAPTER, **flags)
+    return train_adapter.feature_terms((z_rec, mean, logvar, None), z, args, kl_weight)
+
+
+def test_perfect_features_cost_nothing_but_the_posterior():
+    z, mean, logvar = torch.randn(2, 1, 4, 4, 8), torch.randn(2, 1, 4, 4, 3), torch.randn(3)
+    logvar = logvar.expand_as(mean)
+    terms = feature_loss(z, z, mean, logvar)
+    assert all(abs(terms[name][1]) < 1e-6 for name in ("mse", "cosine", "spectral"))
+    gauss = [
+        torch.distributions.Normal(m, s) for m, s in ((mean, (0.5 * logvar).exp()), (0.0, 1.0))
+    ]
+    expected = torch.distributions.kl_divergence(*gauss).mean()
+    torch.testing.assert_close(terms["kl"][1], expected)
+
+
+def test_feature_terms_have_known_values():
+    z = torch.randn(1, 1, 4, 4, 8)
+    mean = torch.zeros(1, 1, 4, 4, 3)
+    terms = feature_loss(-2 * z, z, mean, None)
+    assert "kl" not in terms  # a deterministic adapter has no posterior
+    torch.testing.assert_close(terms["mse"][1], 9 * z.square().mean())
+    torch.testing.assert_close(terms["cosine"][1], torch.tensor(2.0))
+    spectrum = np.abs(np.fft.rfft(z.flatten(2, 3).numpy(), axis=2))  # along the tokens
+    torch.testing.assert_close(
+        terms["spectral"][1].item(), float(spectrum.mean()), rtol=1e-5, atol=0
+    )
+    shifted = feature_loss(z.flatten(2, 3).roll(1, 2).view_as(z), z, mean, None)
+    assert shifted["spectral"][1] < 1e-5 < shifted["mse"][1]  # magnitudes do not see a shift
+
+
+def test_defaults_are_the_weights_of_the_paper():
+    z, mean = torch.randn(1, 1, 4, 4, 8), torch.zeros(1, 1, 4, 4, 3)
+    frames = torch.rand(1, 1, 176, 176, 3)
+    args = Args(adapter=ADAPTER)
+    terms = feature_loss(z, z, mean, mean, args.kl_weight)
+    terms |= train_adapter.pixel_terms(frames, frames, args, lambda a, b: (a - b).square())
+    weights = {name: weight for name, (weight, _) in terms.items()}
+    assert weights == {
+        "mse": 1.0, "cosine": 1.0, "spectral": 0.01, "kl": 1e-4, "pixel": 1.0, "lpips": 0.5, "ms_ssim": 0.5,
+    }  # fmt: skip
+    assert (args.lpips_start, args.gan_start, args.decoder_lr_scale) == (50_000, 100_000, 3.0)
+
+
+def test_lpips_sees_frames_from_minus_one_to_one_channels_first():
+    seen, frames = [], torch.rand(2, 3, 40, 48, 3)
+    args = Args(adapter=ADAPTER, ms_ssim_weight=0.0)
+    train_adapter.pixel_terms(frames, frames, args, lambda a, b: seen.append((a, b)) or a.mean())
+    expected = 2 * frames.permute(0, 1, 4, 2, 3).flatten(0, 1) - 1
+    assert all(torch.equal(x, expected) for x in seen[0])
+
+
+def autoencoder(joint):
+    config = PixelDecoderConfig(6, 32, (1, 1), 1, attn_resolutions=())
+    return Autoencoder(create_adapter(ADAPTER, 48), PixelDecoder(config), joint)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_pixels_shape_the_latent_in_stage_psvae_only(joint):
+    model, z = autoencoder(joint), torch.randn(1, 1, 4, 4, 48)
+    model(z, torch.randn(1, 1, 4, 4, 6))[3].mean().backward()
+    assert all(p.grad is not None for p in model.pixel_decoder.parameters())
+    assert any(p.grad is not None for p in model.adapter.parameters()) == joint
+
+
+def test_decoder_paints_from_the_draw_and_decode_too():
+    model, z = autoencoder(True).eval(), torch.randn(1, 1, 4, 4, 48)
+    eps = torch.randn(2, 1, 1, 4, 4, 6)
+    one, other, mean = model(z, eps[0]), model(z, eps[1]), model(z, 0 * eps[0])
+    assert not torch.allclose(one[0], other[0]) and not torch.allclose(one[3], other[3])
+    u = model.adapter.encode(z)
+    torch.testing.assert_close(mean[0], model.adapter.decode(u))
+    torch.testing.assert_close(mean[3], model.pixel_decoder(u))
+
+
+def test_critic_has_the_published_size_and_judges_patches():
+    critic = Critic()
+    assert round(sum(p.numel() for p in critic.parameters()) / 1e6, 2) == 0.66
+    assert critic.judge(torch.rand(2, 2, 32, 32, 3)).shape == (4, 1, 6, 6)
+    scales = [m for m in critic.modules() if hasattr(m, "parametrizations")]
+    assert len(scales) == 4  # every convolution has a spectral norm
+    for _ in range(30):  # power iterations
+        critic.judge(torch.rand(1, 1, 32, 32, 3))
+    norms = [torch.linalg.matrix_norm(m.weight.flatten(1), 2).item() for m in scales]
+    assert norms == pytest.approx([1] * 4, abs=0.05)
+
+
+def test_hinge_loss_is_zero_beyond_the_margin_and_one_when_undecided(monkeypatch):
+    critic = Critic()
+    monkeypatch.setattr(critic, "judge", lambda frames: frames)
+    for real, painted, expected in ((2, -2, 0), (0, 0, 1), (-1, 1, 2), (1, 0, 0.5)):
+        assert critic(torch.tensor(float(real)), torch.tensor(float(painted))) == expected
+
+
+def test_balance_makes_both_losses_pull_equally():
+    weight = torch.nn.Parameter(torch.randn(5))
+    a, b = (3 * weight).sum(), (weight * torch.randn(5)).sum()
+    share = balance(a, b, weight, None)
+    grads = [torch.autograd.grad(x, weight)[0].norm() for x in (a, b)]
+    torch.testing.assert_close(share * grads[1], grads[0], rtol=1e-3, atol=0)  # 1e-4 in the ratio
+    assert not share.requires_grad
+
+
+def test_pca_finds_the_plane_in_which_features_lie():
+    basis = torch.linalg.qr(torch.randn(10, 2))[0]
+    clips = [(3 + torch.randn(2, 1, 4, 4, 2) @ basis.T, None) for _ in range(3)]
+    mean, found = train_adapter.fit_pca(clips, 2, None)
+    x = clips[0][0]
+    torch.testing.assert_close(mean + (x - mean) @ found @ found.T, x, atol=1e-4, rtol=0)
+    assert found.shape == (10, 2)
+
+
+def test_missing_lpips_weights_fail_with_path_and_address(tmp_path, monkeypatch):
+    pytest.importorskip("lpips")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(InputError) as error:
+        train_adapter.load_lpips(torch.device("cpu"))
+    assert str(tmp_path / "checkpoints" / "vgg16-397923af.pth") in str(error.value)
+    assert "https://download.pytorch.org/models/vgg16-397923af.pth" in str(error.value)
+
+
+def test_lpips_takes_its_trunk_from_the_file(tmp_path, monkeypatch):
+    lpips = pytest.importorskip("lpips")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    trunk = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).net
+    names = {n: f"features.{n.partition('.')[2]}" for n in trunk.state_dict()}
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "checkpoints" / "vgg16-397923af.pth"
+    state = {names[n]: t for n, t in trunk.state_dict().items()}
+    torch.save({**state, "classifier.0.weight": torch.zeros(1)}, path)
+    model, x = train_adapter.load_lpips(torch.device("cpu")), torch.rand(1, 3, 32, 32)
+    assert all(torch.equal(t, trunk.state_dict()[n]) for n, t in model.net.state_dict().items())
+    assert model(x, x).item() == 0 < model(x, -x).item()
+    state.pop("features.28.bias")
+    torch.save(state, path)
+    with pytest.raises(InputError, match="slice5.28.bias"):
+        train_adapter.load_lpips(torch.device("cpu"))
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--encoder_type scale_rae_webssl --adapter_type svae --adapter_latent_dim 96 --dataset_dir "
+        "./data --subset_names bridge_v2 --batch_size 16 --num_epochs 50 --use_pixel_decoder true "
+        "--stage svae",
+        "toy --max_steps 5",
+        "toy",
+    ],
+)
+def test_published_flags_parse(words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_adapter.py", *words.split()])
+    args = data.parse_args(Args, toy=train_adapter.TOY)
+    assert args.use_pixel_decoder and args.adapter.adapter_type == "svae"
+    assert (args.subset_names, args.adapter.adapter_latent_dim) == (
+        ("toy", 16) if words.startswith("toy") else ("bridge_v2", 96)
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, match",
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"adapter": AdapterConfig("identity")}, "nothing to train"),
+        ({"image_size": 64}, "ms_ssim_scales 5"),
+        ({"decoder_multipliers": "1,x"}, "decoder_multipliers"),
+        ({"decoder_channels": 33}, "base_channels"),
+    ],
+)
+def test_impossible_flags_are_refused(flags, match):
+    with pytest.raises(ValueError, match=match):
+        Args(**{"adapter": ADAPTER, **flags})
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+
+
+def test_a_short_run_learns_and_writes_all_it_promises(train, capsys):
+    folder = train("run", "--num_epochs", "40", "--val_every", "40")
+    log = rows(folder)
+    assert list(log[0]) == COLUMNS
+    losses = [float(row["loss"]) for row in log if row["loss"]]
+    assert len(losses) == 80 and losses[-1] < 0.6 * losses[0]
+    first, last = ([row for row in log if row["val_mse"]][i] for i in (0, -1))
+    assert float(last["val_mse"]) < float(first["val_mse"])
+    assert float(last["val_psnr"]) > 15 and 0 < float(last["val_ssim"]) <= 1
+    assert float(last["pca_psnr"]) > float(last["val_psnr"])  # raw patches are easy for a PCA
+    for name in "mse cosine spectral kl pixel ms_ssim grad_adapter grad_decoder lr".split():
+        assert all(math.isfinite(float(row[name])) for row in log if row["loss"])
+    weights = {"mse": 1, "cosine": 1, "spectral": 0.01, "pixel": 1, "ms_ssim": 0.5}
+    total = sum(w * float(log[0][name]) for name, w in weights.items())
+    assert losses[0] == pytest.approx(total, rel=1e-4)  # KL weighs nothing in the first step
+    adapter, paint = load_adapter(folder / "adapter.safetensors")
+    assert adapter.encoder_config["encoder_type"] == "pixels" and paint.config.latent_dim == 6
+    picture = Image.open(folder / "sample_0000080.png")
+    assert picture.size == (4 * 32, 2 * 32)  # real, painted, features before, after; two clips
+    assert "pca_psnr" in capsys.readouterr().out
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(train):
+    straight = train("straight", "--grad_accum", "2", "--num_workers", "1")
+    train("parts", "--grad_accum", "2", "--num_workers", "1", "--max_steps", "3")
+    parts = train("parts", "--max_steps", "8", resume=True)
+    assert load_torch(straight / "last.pt")["step"] == 8
+    assert same(straight, parts)
+    a, b = rows(straight), rows(parts)
+    a, b = ([r["loss"] for r in log if r["loss"]] for log in (a, b))
+    assert a == b and len(a) == 8
+
+
+def test_seed_changes_the_run(train):
+    assert not same(train("a"), train("b", "--seed", "1"))
+
+
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before(train, capsys):
+    folder = train("run", "--save_every", "3", "--max_steps", "6")
+    assert load_torch(folder / "previous.pt")["step"] == 3
+    content = (folder / "last.pt").read_bytes()
+    (folder / "last.pt").write_bytes(content[: len(content) // 2])
+    train("run", "--max_steps", "8", resume=True)
+    assert "last.pt" in (text := capsys.readouterr().out) and "resumed" in text
+    assert same(folder, train("whole", "--max_steps", "8"))
+
+
+def test_a_finished_run_is_not_overwritten(train):
+    train("run", "--max_steps", "1")
+    with pytest.raises(InputError, match="--resume"):
+        train("run", "--max_steps", "1")
+
+
+def test_resuming_lists_changed_flags_and_refuses_what_must_not_change(train, capsys):
+    train("run", "--max_steps", "1")
+    train("run", "--lr", "1e-3", "--max_steps", "2", resume=True)
+    assert "lr 0.003 -> 0.001" in capsys.readouterr().out
+    for flags, match in (
+        (("--stage", "psvae"), "--stage psvae"),
+        (("--adapter_latent_dim", "7"), "--adapter"),
+        (("--batch_size", "2"), "2 .batch_size x grad_accum x processes"),
+    ):
+        with pytest.raises(InputError, match=match):
+            train("run", *flags, resume=True)
+    capsys.readouterr()
+    train("run", "--max_steps", "3", resume=True)
+    assert "lr" not in capsys.readouterr().out.partition("resumed")[0]  # 0.001 is remembered
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--cosine_weight 0",
+        "--spectral_weight 0",
+        "--kl_weight 1",
+        "--kl_warmup 1",
+        "--pixel_weight 2",
+        "--ms_ssim_weight 0",
+        "--ms_ssim_scales 1",
+        "--stage psvae",
+        "--decoder_lr_scale 1",
+        "--weight_decay 1",
+        "--clip_grad 0.01",
+        "--warmup_epochs 2",
+        "--final_lr 0.1",
+        "--gan_weight 0.1 --gan_start 8",
+        "--bf16 true",
+        "--adapter_type mlp",
+        "--decoder_attention 32",
+        "--stride 2",
+    ],
+)
+def test_every_flag_changes_the_weights(train, flags, plain):
+    other = parameters(train("other", "--max_steps", "3", *flags.split()))
+    if not plain:
+        plain.update(parameters(train("plain", "--max_steps", "3")))
+    assert plain.keys() != other.keys() or any(not torch.equal(plain[n], other[n]) for n in plain)
+
+
+def test_gan_terms_are_logged_and_the_critic_is_saved(train):
+    folder = train("run", "--gan_weight", "0.1", "--gan_start", "8", "--max_steps", "4")
+    log = [row for row in rows(folder) if row["loss"]]
+    assert [bool(row["gan"]) for row in log] == [False, False, True, True]
+    assert all(float(row["critic"]) > 0 for row in log[2:])
+    assert {"critic", "critic_optimizer"} <= load_torch(folder / "last.pt").keys()
+    resumed = train("run", "--max_steps", "6", resume=True)
+    straight = train("straight", "--gan_weight", "0.1", "--gan_start", "8", "--max_steps", "6")
+    assert same(resumed, straight)
+
+
+def test_identity_adapter_trains_a_decoder_alone(train):
+    folder = train("run", "--adapter_type", "identity", "--max_steps", "3")
+    adapter, paint = load_adapter(folder / "adapter.safetensors")
+    assert adapter.latent_dim == 48 == paint.config.latent_dim
+    assert not list(adapter.parameters())
+
+
+def test_cached_features_train_to_nearly_the_same_weights(train):
+    """The cache is bfloat16: features differ by at most 2^-9 of their size."""
+    plain, cached = train("plain"), train("cached", "--cache_latents", "true")
+    a, b = (load_adapter(f / "adapter.safetensors")[0].state_dict() for f in (plain, cached))
+    assert any(not torch.equal(a[n], b[n]) for n in a)
+    assert all((a[n] - b[n]).norm() < 0.05 * a[n].norm() + 0.05 for n in a)
+    blind = train("blind", "--cache_latents", "true", "--use_pixel_decoder", "false")
+    assert load_adapter(blind / "adapter.safetensors")[1] is None
+
+
+def test_a_decoder_of_another_size_is_refused(train):
+    with pytest.raises(InputError, match="paints 16 pixels"):
+        train("run", "--decoder_multipliers", "1,1")
+
+
+def test_losses_that_are_not_finite_are_skipped_and_counted(train, monkeypatch):
+    whole, calls = train_adapter.feature_terms, []
+
+    def poisoned(*args):
+        calls.append(1)
+        terms = whole(*args)
+        bad = len(calls) == 2
+        return {n: (w, v * (float("nan") if bad else 1.0)) for n, (w, v) in terms.items()}
+
+    monkeypatch.setattr(train_adapter, "feature_terms", poisoned)
+    folder = train("run", "--max_steps", "4")
+    assert [row["skipped"] for row in rows(folder) if row["loss"]] == ["0", "1", "1", "1"]
+    state = load_torch(folder / "last.pt")
+    assert all(torch.isfinite(t).all() for t in state["model"].values())
+    assert {s["step"].item() for s in state["optimizer"]["state"].values()} == {3.0}
+
+
+def test_ten_bad_losses_in_a_row_stop_the_run_with_names_and_a_checkpoint(train, monkeypatch):
+    whole = train_adapter.feature_terms
+    monkeypatch.setattr(
+        train_adapter,
+        "feature_terms",
+        lambda *a: {n: (w, v * math.inf) for n, (w, v) in whole(*a).items()},
+    )
+    with pytest.raises(InputError, match=r"step 10: ten losses .*00000000\d.safetensors.*--resume"):
+        train("run", "--num_epochs", "20")
+    folder = next(Path(sys.argv[sys.argv.index("--output_dir") + 1]).glob("last.pt"))
+    assert load_torch(folder)["step"] == 10
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_a_warning(train, monkeypatch, capsys):
+    whole, calls = torch.save, []
+
+    def full(state, path):
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("file write failed")  # as torch.save says it
+        whole(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    folder = train("run", "--save_every", "3", "--max_steps", "6")
+    assert "could not be saved" in capsys.readouterr().out
+    assert load_torch(folder / "previous.pt")["step"] == 3
+
+
+def launch(folder, tiny, *flags, world=1, resume=False):
+    """Start the script as one or several gloo processes: [Popen, ...]."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = ["--resume", str(folder)] if resume else [*TINY, "--dataset_dir", str(tiny)]
+    words += [] if resume else ["--output_dir", str(folder)]
+    command = [sys.executable, str(ROOT / "train_adapter.py"), *words, *flags]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment |= {"WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+        )
+        for rank in range(world)
+    ]
+
+
+def finish(processes):
+    texts = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), texts
+    return texts
+
+
+def test_two_processes_with_half_the_batch_equal_one(tiny, tmp_path):
+    """Adapter, decoder, accumulation and posterior draws; sums differ in their order only."""
+    flags = ["--num_epochs", "20", "--max_steps", "20", "--lr", "3e-4", "--stage", "psvae"]
+    one = launch(tmp_path / "one", tiny, *flags, "--batch_size", "8")
+    two = launch(tmp_path / "two", tiny, *flags, "--batch_size", "2", "--grad_accum", "2", world=2)
+    finish(one), finish(two)
+    logs = [[float(r["loss"]) for r in rows(tmp_path / n) if r["loss"]] for n in ("one", "two")]
+    assert len(logs[0]) == 20
+    np.testing.assert_allclose(*logs, rtol=1e-5)
+    states = [load_torch(tmp_path / n / "last.pt")["model"] for n in ("one", "two")]
+    for name in states[0]:
+        # Biases before a norm and of attention keys have no gradient but rounding, which AdamW
+        # scales up to the learning rate; they change nothing.
+        if not re.search(r"(conv\d?|k|key)\.bias$", name):
+            torch.testing.assert_close(states[0][name], states[1][name], atol=1e-5, rtol=0)
+    scores = [[r for r in rows(tmp_path / n) if r["val_mse"]][-1] for n in ("one", "two")]
+    assert float(scores[0]["val_psnr"]) == pytest.approx(float(scores[1]["val_psnr"]), abs=1e-2)
+
+
+def test_a_terminated_run_saves_and_says_how_to_go_on(tiny, tmp_path):
+    folder, straight = tmp_path / "run", tmp_path / "straight"
+    (process,) = launch(folder, tiny, "--num_epochs", "40")
+    (other,) = launch(straight, tiny, "--num_epochs", "40")
+    while process.poll() is None and not ((folder / "log.csv").exists() and len(rows(folder)) > 3):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    (text,) = finish([process])
+    step = load_torch(folder / "last.pt")["step"]
+    assert 3 < step < 80 and f"train_adapter.py --resume {folder}" in text
+    finish(launch(folder, tiny, resume=True)), finish([other])
+    assert same(folder, straight)
+
+
+def test_kill_9_loses_at_most_the_steps_since_the_last_save(tiny, tmp_path):
+    folder, straight = tmp_path / "run", tmp_path / "straight"
+    flags, rng = ["--num_epochs", "40", "--save_every", "2"], np.random.default_rng(0)
+    (other,) = launch(straight, tiny, *flags)
+    for attempt in range(3):
+        (process,) = launch(folder, tiny, *flags, resume=attempt > 0)
+        steps, wanted = 0, int(rng.integers(3, 20)) + 20 * attempt
+        while process.poll() is None and steps < wanted:
+            time.sleep(float(rng.random()) * 0.05)
+            steps = len(rows(folder)) if (folder / "log.csv").exists() else 0
+        process.kill()
+        process.wait()
+        assert (folder / "last.pt").exists() or (folder / "previous.pt").exists()
+    finish(launch(folder, tiny, resume=True)), finish([other])
+    assert same(folder, straight)
+
+
+def test_missing_data_is_one_sentence_and_exit_code_2(tmp_path):
+    (process,) = launch(tmp_path / "run", tmp_path / "nowhere")
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == 2 and "nowhere" in text and "Traceback" not in text
+
+
+def test_stored_flags_are_found_in_both_spellings(train):
+    folder = train("run", "--max_steps", "1")
+    for words in (["--resume", str(folder)], [f"--resume={folder}"]):
+        args = train_adapter.stored_args(["train_adapter.py", *words])
+        assert args.adapter == ADAPTER and args.max_steps == 1 and args.resume is None
+    assert train_adapter.stored_args(["train_adapter.py", "toy"]) is None

@@ -1,0 +1,764 @@
+"""Train an adapter that compresses frozen features, and a decoder that paints frames from it.
+
+    python train_adapter.py toy                              embedded toy world, CPU
+    python train_adapter.py --encoder_type vjepa2 --use_pixel_decoder true --dataset_dir ./data
+    torchrun --nproc_per_node=4 train_adapter.py --encoder_type vjepa2 --use_pixel_decoder true
+    python train_adapter.py --resume outputs/adapter_svae    continue a killed run
+
+    z = encoder(frames)    u ~ N(mean(z), var(z))    z' = decode(u)    frames' = paint(u)
+
+    loss = MSE(z', z) + 1 (1 - cos) + 0.01 |  |FFT z'| - |FFT z|  | + 1e-4 KL
+         + 1 (MSE(frames', frames) + 0.5 LPIPS + 0.5 (1 - MS-SSIM)) + adaptive 0.1 PatchGAN
+
+Stage `svae` paints from a detached u: pixels do not shape the latent; `psvae` lets them. Defaults
+are those of arXiv 2605.06388, appendix B. All that is random (clips, posterior draws) is a function
+of the seed and the sample's number: a resumed run is the same run, and N processes compute what one
+would. Writes adapter.safetensors, last.pt, log.csv and sample_*.png: real | painted | PCA colours
+of the features before | after the adapter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
+
+from adapter import AdapterConfig, PixelDecoder, PixelDecoderConfig, create_adapter, save_adapter
+from data import (
+    ClipSampler,
+    DataConfig,
+    EpisodeDataset,
+    InputError,
+    MissingFileError,
+    ToyConfig,
+    config_from,
+    generate_toy,
+    init_processes,
+    load_strictly,
+    load_torch,
+    parse_args,
+    run_cli,
+    to_uint8,
+    write_atomic,
+    write_latent_cache,
+)
+from diffusion import draw
+from encoders import EncoderConfig, create_autoencoder
+
+VGG = "https://download.pytorch.org/models/vgg16-397923af.pth"
+COLUMNS = (
+    "step loss mse cosine spectral kl pixel lpips ms_ssim gan critic grad_adapter grad_decoder lr "
+    "clips_per_s ms_per_step skipped memory_gb val_mse val_cosine val_psnr val_ssim pca_cosine pca_psnr"
+).split()
+FIXED = (
+    "subset_names image_size num_frames stride num_views encoder_type pixel_patch adapter "
+    "use_pixel_decoder decoder_channels decoder_multipliers decoder_blocks decoder_attention stage "
+    "gan_weight seed"
+).split()  # what resuming may not change
+
+
+@dataclass
+class Args:
+    # -- data
+    dataset_dir: str = "./data"  # folder that `data.py --output_dir` wrote
+    subset_names: str = "bridge_v2"  # data sets to mix, comma-separated
+    image_size: int = 256  # side of the frames in pixels
+    num_frames: int = 10  # frames of a clip
+    stride: int = 2  # raw frames between two of them
+    num_views: int = 1  # cameras; each is a clip of its own
+    num_workers: int = 4  # loader processes per training process
+    cache_latents: bool = False  # encode every frame once, take the features from the files
+    # -- frozen encoder
+    encoder_type: str = "scale_rae_webssl"  # pixels | vae | rae | vjepa2 | ... (encoders.py)
+    encoder_weights: str | None = None  # file, folder or hub id (default: the public release)
+    pixel_patch: int = 16  # patch side of the `pixels` encoder
+    # -- adapter and pixel decoder
+    adapter: Annotated[AdapterConfig, tyro.conf.arg(name="")] = field(default_factory=AdapterConfig)
+    use_pixel_decoder: bool = False  # train one, for encoders that cannot paint
+    decoder_channels: int = 160  # its outermost width: 160 in the paper, 128 in its code
+    decoder_multipliers: str = "1,1,2,4,8"  # widths of its levels, outermost first
+    decoder_blocks: int = 2  # residual blocks a level
+    decoder_attention: str = "16"  # levels with attention, by size on 256x256 frames
+    # -- loss
+    stage: Literal["svae", "psvae"] = "svae"  # psvae: the pixel loss reaches the adapter
+    cosine_weight: float = 1.0  # 1 - cosine similarity of a feature and its reconstruction
+    spectral_weight: float = 0.01  # L1 between magnitudes of the FFT along the tokens
+    kl_weight: float = 1e-4  # KL to a unit Gaussian, mean over channels
+    kl_warmup: float = 0.2  # share of the run over which it grows to that
+    pixel_weight: float = 1.0  # of the four pixel terms together
+    lpips_weight: float = 0.5  # VGG LPIPS; needs the file that a missing-file error names
+    lpips_start: int = 50_000  # clips seen before LPIPS is used
+    ms_ssim_weight: float = 0.5  # 1 - multi-scale structural similarity
+    ms_ssim_scales: int = 5  # its scales; each halves the frames, and 11 pixels must remain
+    gan_weight: float = 0.0  # PatchGAN, scaled as in VQGAN; the paper's option is 0.1
+    gan_start: int = 100_000  # clips seen before the PatchGAN is used
+    # -- optimisation
+    batch_size: int = 16  # clips per process and micro step
+    grad_accum: int = 1  # micro steps per optimiser step
+    num_epochs: int = 200  # length of the run and of the learning-rate schedule
+    max_steps: int | None = None  # stop here; the schedule is not changed
+    lr: float = 1e-4  # peak learning rate of the adapter
+    decoder_lr_scale: float = 3.0  # the pixel decoder's, as a multiple of it
+    critic_lr: float = 4e-5  # of the PatchGAN's critic
+    warmup_epochs: float = 0.0  # linear warm-up from lr / 1000
+    final_lr: float = 1.0  # last learning rate of the cosine, as a share of the peak
+    weight_decay: float = 1e-4  # AdamW
+    clip_grad: float = 1.0  # largest gradient norm, of adapter and decoder each
+    # -- run
+    output_dir: str | None = None  # default: outputs/adapter_<adapter_type>
+    resume: str | None = None  # run folder to continue; no other flag is needed
+    seed: int = 0  # of weights, clips and posterior draws
+    device: str | None = None  # default: cuda when there, else cpu
+    bf16: bool | None = None  # autocast (default: on CUDA)
+    compile: bool | None = None  # torch.compile (default: on CUDA)
+    log_every: int = 10  # steps between lines of log.csv
+    val_every: int = 2000  # steps between validations
+    val_clips: int = 64  # held-out clips of a validation; as many training clips fit the PCA
+    save_every: int = 1000  # steps between checkpoints
+
+    def __post_init__(self):
+        for name in "batch_size grad_accum num_epochs num_views log_every val_every val_clips save_every".split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if self.adapter.adapter_type == "identity" and not self.use_pixel_decoder:
+            raise ValueError("an identity adapter has nothing to train: use_pixel_decoder or svae")
+        if self.image_size < 11 << (self.ms_ssim_scales - 1) and self.ms_ssim_weight:
+            raise ValueError(
+                f"ms_ssim_scales {self.ms_ssim_scales}: too many for {self.image_size} px"
+            )
+        self.pixel_decoder_config()
+
+    def pixel_decoder_config(self) -> PixelDecoderConfig:
+        def numbers(text):
+            return tuple(int(n) for n in text.split(",") if n.strip())
+
+        return PixelDecoderConfig(
+            latent_dim=self.adapter.adapter_latent_dim,
+            base_channels=self.decoder_channels,
+            channel_multipliers=numbers(self.decoder_multipliers),
+            num_res_blocks=self.decoder_blocks,
+            attn_resolutions=numbers(self.decoder_attention),
+        )
+
+
+TOY = Args(
+    subset_names="toy",
+    image_size=64,
+    num_frames=2,
+    stride=1,
+    num_workers=0,
+    encoder_type="pixels",
+    pixel_patch=8,
+    adapter=AdapterConfig(
+        adapter_latent_dim=16,
+        adapter_num_layers=1,
+        adapter_num_heads=6,
+        adapter_intermediate_size=384,
+    ),
+    use_pixel_decoder=True,
+    decoder_channels=32,
+    decoder_multipliers="1,1,2,2",
+    decoder_blocks=1,
+    lpips_weight=0.0,
+    ms_ssim_scales=3,
+    num_epochs=5,
+    lr=1e-3,
+    warmup_epochs=0.2,
+    final_lr=0.05,
+    val_every=200,
+    save_every=200,
+)
+
+
+def lr_at(step: int, args: Args, steps_per_epoch: float) -> float:
+    """Warm up linearly from lr / 1000, then follow half a cosine down to `final_lr` times lr."""
+    warmup, total = args.warmup_epochs * steps_per_epoch, args.num_epochs * steps_per_epoch
+    if step < warmup:
+        return args.lr * (1e-3 + (1 - 1e-3) * step / warmup)
+    progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
+    return args.lr * (
+        args.final_lr + (1 - args.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    )
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio per frame in dB; (..., H, W, 3) in [0, 1] -> (...)."""
+    return -10 * (a - b).square().mean((-3, -2, -1)).clamp_min(1e-10).log10()
+
+
+def ms_ssim(a: Tensor, b: Tensor, scales: int = 5) -> Tensor:
+    """Compare frames by structure at several scales; one scale is the plain SSIM.
+
+    prod_s mean(contrast * structure at scale s)^w_s, at the last scale times luminance
+    [Wang et al. 2003, sec. 3; 11x11 Gaussian window, sigma 1.5]. Of fewer than five exponents
+    the sum is brought to 1.   a, b (..., H, W, 3) in [0, 1] -> (...)
+    """
+    exponents = a.new_tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333][:scales])
+    exponents = exponents if scales == 5 else exponents / exponents.sum()
+    window = torch.exp(-(torch.arange(11, device=a.device) - 5.0).square() / (2 * 1.5**2))
+    window = (window / window.sum()).expand(15, 1, 1, 11)
+    lead, out = a.shape[:-3], 1.0
+    a, b = (x.reshape(-1, *x.shape[-3:]).movedim(-1, 1) for x in (a, b))  #         (N, 3, H, W)
+    for s in range(scales):
+        x = torch.cat((a, b, a * a, b * b, a * b), dim=1)
+        x = F.conv2d(F.conv2d(x, window, groups=15), window.mT, groups=15)
+        mean_a, mean_b, square_a, square_b, product = x.chunk(5, dim=1)
+        spread = square_a - mean_a.square() + square_b - mean_b.square()
+        y = (2 * (product - mean_a * mean_b) + 0.03**2) / (spread + 0.03**2)
+        if s == scales - 1:
+            y = y * (2 * mean_a * mean_b + 0.01**2) / (mean_a.square() + mean_b.square() + 0.01**2)
+        out = out * y.mean((2, 3)).relu() ** exponents[s]  #                               (N, 3)
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return out.mean(1).reshape(lead)
+
+
+def load_lpips(device: torch.device) -> nn.Module:
+    """Build LPIPS on VGG-16 from the file that torchvision would download; it is not fetched here."""
+    import lpips
+
+    path = Path(torch.hub.get_dir()) / "checkpoints" / VGG.rpartition("/")[2]
+    if not path.is_file():
+        raise MissingFileError(
+            f"{path}: no such file, and lpips_weight needs it; download {VGG} to that place, or "
+            "train without the term: --lpips_weight 0"
+        )
+    model, trunk = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False), load_torch(path)
+    names = {name: f"features.{name.partition('.')[2]}" for name in model.net.state_dict()}
+    state = {name: trunk[there] for name, there in names.items() if there in trunk}
+    load_strictly(model.net, state, str(path))
+    return model.to(device).eval().requires_grad_(False)
+
+
+class Critic(nn.Module):
+    """Tell real frames from painted ones, patch by patch: PatchGAN with spectral and batch norm."""
+
+    def __init__(self):
+        super().__init__()
+
+        def conv(*args, **kwargs):
+            return spectral_norm(nn.Conv2d(*args, kernel_size=4, padding=1, **kwargs))
+
+        self.body = nn.Sequential(
+            *(conv(3, 64, stride=2), nn.LeakyReLU(0.2)),
+            *(conv(64, 128, stride=2, bias=False), nn.BatchNorm2d(128), nn.LeakyReLU(0.2)),
+            *(conv(128, 256, bias=False), nn.BatchNorm2d(256), nn.LeakyReLU(0.2)),
+            conv(256, 1),
+        )
+
+    def judge(self, frames: Tensor) -> Tensor:
+        return self.body(2 * frames.flatten(0, -4).movedim(-1, 1) - 1)
+
+    def forward(self, real: Tensor, painted: Tensor) -> Tensor:
+        """Return the hinge loss [Lim and Ye 2017]."""
+        return 0.5 * (F.relu(1 - self.judge(real)).mean() + F.relu(1 + self.judge(painted)).mean())
+
+
+class Autoencoder(nn.Module):
+    """Adapter and pixel decoder in one forward: all that DDP has to see of a step."""
+
+    def __init__(self, adapter: nn.Module, pixel_decoder: nn.Module | None, joint: bool):
+        super().__init__()
+        self.adapter, self.pixel_decoder, self.joint = adapter, pixel_decoder, joint
+
+    def forward(self, z: Tensor, eps: Tensor) -> tuple[Tensor | None, ...]:
+        mean, logvar = self.adapter.posterior(z)
+        u = mean if logvar is None else mean + torch.exp(0.5 * logvar) * eps
+        u = self.adapter.refine(u)
+        paint = self.pixel_decoder
+        painted = None if paint is None else paint(u if self.joint else u.detach())
+        return self.adapter.decode(u), mean, logvar, painted
+
+
+def feature_terms(out: tuple, z: Tensor, args: Args, kl_weight: float) -> dict[str, tuple]:
+    """Compare reconstructed with true features: {name: (weight, value)}."""
+    z_rec, mean, logvar, _ = (x if x is None else x.float() for x in out)
+    terms = {"mse": (1.0, F.mse_loss(z_rec, z))}
+    terms["cosine"] = (args.cosine_weight, 1 - F.cosine_similarity(z_rec, z, dim=-1).mean())
+    a, b = (torch.fft.rfft(x.flatten(-3, -2), dim=-2).abs() for x in (z_rec, z))
+    terms["spectral"] = (args.spectral_weight, F.l1_loss(a, b))
+    if logvar is not None:
+        terms["kl"] = (kl_weight, 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean())
+    return terms
+
+
+def pixel_terms(
+    painted: Tensor, frames: Tensor, args: Args, lpips: nn.Module | None
+) -> dict[str, tuple]:
+    """Compare painted with true frames: {name: (weight, value)}."""
+    terms = {"pixel": (args.pixel_weight, F.mse_loss(painted, frames))}
+    if lpips is not None:
+        a, b = (2 * x.flatten(0, -4).movedim(-1, 1) - 1 for x in (painted, frames))
+        terms["lpips"] = (args.pixel_weight * args.lpips_weight, lpips(a, b).mean())
+    if args.ms_ssim_weight:
+        similarity = ms_ssim(painted, frames, args.ms_ssim_scales).mean()
+        terms["ms_ssim"] = (args.pixel_weight * args.ms_ssim_weight, 1 - similarity)
+    return terms
+
+
+def weigh(terms: dict[str, tuple]) -> Tensor:
+    return sum(weight * value for weight, value in terms.values())
+
+
+def balance(pixel_loss: Tensor, gan_loss: Tensor, last: nn.Parameter, parallel) -> Tensor:
+    """Weigh the GAN so that both losses pull equally at the last layer [Esser 2021, sec. 3.2]."""
+    grads = [torch.autograd.grad(x, last, retain_graph=True)[0] for x in (pixel_loss, gan_loss)]
+    for grad in grads if parallel else []:
+        parallel.all_reduce(grad)
+    pixel, gan = (grad.norm() for grad in grads)
+    return (pixel / (gan + 1e-4)).clamp(0, 1e4)
+
+
+class Clips(Dataset):
+    """Serve of every clip what is needed: its frames, its cached features, or both."""
+
+    def __init__(self, frames: EpisodeDataset | None, latents: EpisodeDataset | None):
+        self.parts = {"frames": frames, "z": latents}
+
+    def __getitem__(self, key) -> dict[str, Tensor]:
+        clip = {name: part[key].frames for name, part in self.parts.items() if part is not None}
+        return {name: x if x.ndim == 5 else x[None] for name, x in clip.items()}  # (V, T, ...)
+
+
+@torch.no_grad()
+def fit_pca(clips: Iterable[tuple[Tensor, Tensor]], width: int, parallel) -> tuple[Tensor, Tensor]:
+    """Find mean and leading directions of the features of some clips: (D,), (D, width)."""
+    moments = 0.0
+    for z, _ in clips:
+        x = F.pad(z.flatten(0, -2).double(), (0, 1), value=1.0)  # the ones count and sum
+        moments = moments + x.T @ x
+    if parallel:
+        parallel.all_reduce(moments)
+    mean = moments[-1, :-1] / moments[-1, -1]
+    covariance = moments[:-1, :-1] / moments[-1, -1] - mean.outer(mean)
+    _, directions = torch.linalg.eigh(covariance)  # ascending
+    return mean.float(), directions[:, -width:].flip(1).float()
+
+
+def paint(model: Autoencoder, encoder: nn.Module, u: Tensor, z_rec: Tensor) -> Tensor | None:
+    """Return frames from the pixel decoder, else from the encoder's own decoder, else nothing."""
+    if model.pixel_decoder is not None:
+        return model.pixel_decoder(u).float()
+    return encoder.decode(z_rec) if encoder.has_decoder else None
+
+
+@torch.no_grad()
+def validate(model: Autoencoder, encoder: nn.Module, clips, pca, parallel) -> dict[str, float]:
+    """Average over held-out clips what adapter and decoder keep, and what an equal PCA keeps.
+
+    The PCA's frames come from the encoder's own decoder; figures that need a decoder which does
+    not exist are left out. Every process measures its share of the clips; all get the averages.
+    """
+    (mean, basis), totals = pca, {}
+    for z, frames in clips:
+        u, z_pca = model.adapter.encode(z).float(), mean + (z - mean) @ basis @ basis.T
+        z_rec = model.adapter.decode(u).float()
+        values = {"clips": z.new_ones(1), "val_mse": (z_rec - z).square()}
+        values["val_cosine"] = F.cosine_similarity(z_rec, z, dim=-1)
+        values["pca_cosine"] = F.cosine_similarity(z_pca, z, dim=-1)
+        if (painted := paint(model, encoder, u, z_rec)) is not None:
+            values |= {"val_psnr": psnr(painted, frames), "val_ssim": ms_ssim(painted, frames, 1)}
+        if encoder.has_decoder:
+            values["pca_psnr"] = psnr(encoder.decode(z_pca), frames)
+        for name, value in values.items():
+            totals[name] = totals.get(name, 0.0) + len(z) * value.double().mean()
+    sums = torch.stack([*totals.values()])
+    if parallel:
+        parallel.all_reduce(sums)
+    return dict(zip(totals, (sums / sums[0]).tolist(), strict=True)) | {"clips": int(sums[0])}
+
+
+@torch.no_grad()
+def write_picture(path: Path, model: Autoencoder, encoder: nn.Module, clips, pca) -> None:
+    """Write a row for each of a few frames: real | painted | features before | after the adapter.
+
+    The colours of the features are their first three principal components, the same in both.
+    """
+    z, frames = (torch.cat(x)[:, :1] for x in zip(*itertools.islice(clips, 4), strict=True))
+    u = model.adapter.encode(z).float()
+    z_rec = model.adapter.decode(u).float()
+    painted = paint(model, encoder, u, z_rec)
+    colours = [(x - pca[0]) @ pca[1][:, :3] for x in (z, z_rec)]
+    low, high = colours[0].amin((0, 1, 2, 3)), colours[0].amax((0, 1, 2, 3))
+    columns = [frames] + ([] if painted is None else [painted[:, :1]])
+    for x in colours:
+        x = ((x - low) / (high - low)).clamp(0, 1).flatten(0, 1).movedim(-1, 1)
+        columns.append(F.interpolate(x, frames.shape[2:4]).movedim(1, -1)[:, None])
+    picture = torch.cat([torch.cat(list(x[:, 0]), dim=0) for x in columns], dim=1)
+    image = Image.fromarray(to_uint8(picture))
+    write_atomic(path, lambda temporary: image.save(temporary, "PNG"))
+
+
+def stored_args(words: list[str]) -> Args | None:
+    """Read the config of the run that `--resume` names; None for a new run."""
+    if not (found := re.search("\0--resume[=\0]([^\0]+)", "\0".join(words))):
+        return None
+    path = Path(found[1]) / "config.json"
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file; --resume takes the folder of a run")
+    stored = json.loads(path.read_text())
+    stored["adapter"] = config_from(AdapterConfig, stored["adapter"], str(path))
+    return config_from(Args, stored, str(path))
+
+
+def check_resumable(old: Args, new: Args, say) -> None:
+    """List the flags that differ from the stored run; refuse those that change what is trained."""
+    for name in (f.name for f in dataclasses.fields(Args)):
+        before, now = getattr(old, name), getattr(new, name)
+        if before == now or name in ("resume", "output_dir"):
+            continue
+        if name in FIXED:
+            raise InputError(
+                f"--{name} {now}: the run was started with {before}, which resuming cannot "
+                "change; leave the flag out or start a new run"
+            )
+        say(f"changed since the run was started: {name} {before} -> {now}")
+
+
+def save_run(folder: Path, state: dict) -> None:
+    """Write last.pt and keep the one before as previous.pt; a kill leaves at least one of them."""
+    last = folder / "last.pt"
+    if last.exists():
+        os.replace(last, folder / "previous.pt")
+    write_atomic(last, lambda path: torch.save(state, path))
+
+
+def load_run(folder: Path, say) -> dict:
+    """Read the newest checkpoint of a run that is whole."""
+    for name in ("last.pt", "previous.pt"):
+        try:
+            return load_torch(folder / name)
+        except InputError as error:
+            say(f"warning: {error}")
+    raise MissingFileError(f"{folder}: no whole last.pt or previous.pt; nothing to resume from")
+
+
+class Log:
+    """Append rows to log.csv; on resuming, rows after the checkpoint's step are dropped."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        rows = list(csv.DictReader(path.open())) if path.exists() else []
+        lines = [self.line(COLUMNS)]
+        lines += [self.line(row.values()) for row in rows if int(row["step"]) <= step]
+        write_atomic(path, "".join(lines).encode())
+
+    @staticmethod
+    def line(values) -> str:
+        return ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values) + "\n"
+
+    def write(self, **row: float) -> None:
+        with self.path.open("a") as file:
+            file.write(self.line(row.get(name, "") for name in COLUMNS))
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of the device, or of this process on a CPU, in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, KiB here
+
+
+def ignore_interrupt(_: int) -> None:
+    """Leave Ctrl-C, which reaches loader processes too, to the training process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def main() -> None:
+    # 1. Configuration, processes, seed.
+    old = stored_args(sys.argv)
+    args = parse_args(Args, toy=TOY, default=old)
+    proc = init_processes(args.device)
+    say = print if proc.rank == 0 else lambda *_: None
+    if old is not None:
+        check_resumable(old, args, say)
+    torch.manual_seed(args.seed)
+    on_cuda = proc.device.type == "cuda"
+    use_bf16 = on_cuda if args.bf16 is None else args.bf16
+    use_compile = on_cuda if args.compile is None else args.compile
+    parallel = torch.distributed if proc.world > 1 else None
+    use_gan = args.use_pixel_decoder and args.gan_weight > 0
+    if use_gan and parallel and not on_cuda:
+        raise InputError(
+            "gan_weight: several CPU processes cannot share the critic's batch norm; use one "
+            "process, CUDA, or --gan_weight 0"
+        )
+
+    # 2. Frozen models.
+    encoder = create_autoencoder(
+        EncoderConfig(args.encoder_type, args.encoder_weights, patch_size=args.pixel_patch)
+    ).to(proc.device)
+    use_lpips = args.use_pixel_decoder and args.lpips_weight > 0 and args.pixel_weight > 0
+    lpips = load_lpips(proc.device) if use_lpips else None
+
+    # 3. Data: frames, cached features, or both.
+    data = DataConfig(
+        dataset_dir=args.dataset_dir,
+        subset_names=args.subset_names,
+        image_size=args.image_size,
+        num_frames=args.num_frames,
+        num_history=0,
+        stride=args.stride,
+        views=args.num_views,
+        seed=args.seed,
+    )
+    if "toy" in args.subset_names.split(",") and proc.rank == 0:
+        generate_toy(args.dataset_dir, ToyConfig())
+    if parallel:
+        parallel.barrier()
+    latents = None
+    if args.cache_latents:
+        if encoder.temporal_stride > 1:
+            raise InputError("cache_latents: these features depend on the clip; leave the flag out")
+        name = f"{encoder.fingerprint}-{args.image_size}"
+        write_latent_cache(data, "train", name, encoder.encode, (proc.rank, proc.world))
+        if parallel:
+            parallel.barrier()
+        latents = EpisodeDataset(data, "train", name)
+    train_set, test_set = EpisodeDataset(data, "train"), EpisodeDataset(data, "test")
+    clips = Clips(train_set if args.use_pixel_decoder or latents is None else None, latents)
+
+    def look(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return features and frames, views folded: (B V, T, h, w, D), (B V, T, H, W, 3)."""
+        batch = {name: x.to(proc.device).flatten(0, 1) for name, x in batch.items()}
+        frames = batch.get("frames")
+        return batch["z"] if "z" in batch else encoder.encode(frames), frames
+
+    def some(dataset: EpisodeDataset) -> Iterable[tuple[Tensor, Tensor]]:
+        """Go through this process's share of `val_clips` clips, one at a time."""
+        whole = Clips(dataset, None)
+        for n in range(max(args.val_clips, proc.world))[proc.rank :: proc.world]:
+            yield look(default_collate([whole[divmod(n, len(dataset))]]))
+
+    # 4. The trained model.
+    adapter = create_adapter(args.adapter, encoder.latent_dim)
+    adapter.encoder_config = dataclasses.asdict(encoder.config)
+    adapter.encoder_fingerprint = encoder.fingerprint
+    pixel_decoder = None
+    if args.use_pixel_decoder:
+        side = next(some(test_set))[0].shape[-3] << (args.decoder_multipliers.count(","))
+        if side != args.image_size:
+            raise InputError(
+                f"decoder_multipliers {args.decoder_multipliers}: paints {side} pixels a side, but "
+                f"image_size is {args.image_size}; each number but the first doubles the side"
+            )
+        pixel_decoder = PixelDecoder(
+            dataclasses.replace(
+                args.pixel_decoder_config(),
+                latent_dim=adapter.latent_dim,
+                temporal_upsample=encoder.temporal_stride == 2,
+            )
+        )
+    model = Autoencoder(adapter, pixel_decoder, args.stage == "psvae").to(proc.device)
+    critic = Critic().to(proc.device) if use_gan else None
+    pca = fit_pca(some(train_set), min(adapter.latent_dim, encoder.latent_dim), parallel)
+
+    # 5. Optimisers, compile, DDP. `model` is the raw module, `net` the one that is called.
+    groups = [{"params": [*adapter.parameters()], "scale": 1.0, "name": "adapter"}]
+    if pixel_decoder is not None:
+        painter = {"scale": args.decoder_lr_scale, "name": "decoder"}
+        groups.append({"params": [*pixel_decoder.parameters()], **painter})
+    groups = [group for group in groups if group["params"]]  # an identity adapter has none
+    optimizer = torch.optim.AdamW(
+        groups, lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True
+    )
+    net = torch.compile(model) if use_compile else model
+    if parallel:
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    if critic is not None:
+        critic = nn.SyncBatchNorm.convert_sync_batchnorm(critic) if parallel else critic
+        judge = DistributedDataParallel(critic) if parallel else critic
+        critic_optimizer = torch.optim.AdamW(
+            critic.parameters(), lr=args.critic_lr, betas=(0.0, 0.99), fused=True
+        )
+    autocast = torch.autocast(proc.device.type, torch.bfloat16, enabled=use_bf16)
+    generator = torch.Generator(proc.device)
+
+    # 6. The run folder: a new one, or one to go on with.
+    folder = Path(args.resume or args.output_dir or f"outputs/adapter_{args.adapter.adapter_type}")
+    global_batch = args.batch_size * args.grad_accum * proc.world
+    epoch_steps = max(1, len(train_set) // global_batch)
+    step, skipped, in_a_row = 0, *torch.zeros(2, device=proc.device)
+    parts = {"model": model, "optimizer": optimizer}
+    if critic is not None:
+        parts |= {"critic": critic, "critic_optimizer": critic_optimizer}
+    if args.resume:
+        state = load_run(folder, say)
+        if state["global_batch"] != global_batch:
+            raise InputError(
+                f"{folder}: was trained with {state['global_batch']} clips a step, now "
+                f"{global_batch} (batch_size x grad_accum x processes); make them equal"
+            )
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        step = state["step"]
+        say(f"resumed {folder} at step {step}")
+    elif (folder / "last.pt").exists() or (folder / "previous.pt").exists():
+        raise InputError(f"{folder}: holds a run; give --resume {folder}, or another --output_dir")
+    if proc.rank == 0:
+        config = dataclasses.asdict(dataclasses.replace(args, resume=None))
+        write_atomic(folder / "config.json", json.dumps(config, indent=1).encode())
+
+    def save() -> None:
+        """Write the checkpoint and the adapter; a full disk leaves the old ones and a warning."""
+        if proc.rank == 0:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            try:
+                save_run(folder, {"step": step, "global_batch": global_batch, **state})
+                save_adapter(folder / "adapter.safetensors", adapter, pixel_decoder)
+            except (OSError, RuntimeError) as error:  # torch.save raises the second on a full disk
+                say(f"warning: step {step} could not be saved ({error}); the run goes on")
+
+    # 7. The loop, with one extra turn for the last validation and save.
+    total = args.num_epochs * epoch_steps
+    last_step = total if args.max_steps is None else min(total, args.max_steps)
+    sampler = ClipSampler(
+        train_set, args.batch_size, proc.rank, proc.world, start=step * args.grad_accum
+    )
+    loader = DataLoader(
+        clips,
+        batch_sampler=sampler,
+        num_workers=args.num_workers,
+        pin_memory=on_cuda,
+        worker_init_fn=ignore_interrupt,
+    )
+    batches = iter(loader)
+    signals: list[int] = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, _: signals.append(number))
+    log = Log(folder / "log.csv", step) if proc.rank == 0 else None
+    sizes = [sum(p.numel() for p in group["params"]) / 1e6 for group in groups]
+    say(
+        f"{' + '.join(f'{size:.2f}' for size in sizes)} M parameters, {len(train_set)} episodes, "
+        f"{epoch_steps} steps an epoch, steps {step} to {last_step}, {folder}"
+    )
+    bar = tqdm(total=last_step, initial=step, disable=proc.rank > 0 or not sys.stderr.isatty())
+    sums, since, began = {}, step, time.perf_counter()
+    while True:
+        stopped = bool(signals)
+        if parallel and (stopped := step % args.log_every == 0):  # all processes must agree
+            votes = torch.tensor(float(bool(signals)), device=proc.device)
+            parallel.all_reduce(votes)
+            stopped = votes.item() > 0
+        last = step >= last_step
+        if not stopped and (last or (step and step % args.val_every == 0)):
+            scores = validate(model, encoder, some(test_set), pca, parallel)
+            if proc.rank == 0:
+                log.write(step=step, **scores)
+                say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+                picture = folder / f"sample_{step:07d}.png"
+                write_picture(picture, model, encoder, some(test_set), pca)
+        if last or stopped or (step and step % args.save_every == 0):
+            save()
+        if last or stopped:
+            break
+
+        lr, seen = lr_at(step, args, epoch_steps), step * global_batch
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        kl_weight = args.kl_weight * min(1.0, step / max(1.0, args.kl_warmup * total))
+        for micro in range(args.grad_accum):
+            z, frames = look(next(batches))
+            shard = (micro * proc.world + proc.rank, args.grad_accum * proc.world)
+            generator.manual_seed(args.seed + 1_000_003 * step)
+            shape = (*z.shape[:-1], adapter.latent_dim)
+            eps = draw(torch.randn, shape, z, generator, shard)
+            wait = parallel and micro + 1 < args.grad_accum
+            with net.no_sync() if wait else contextlib.nullcontext():
+                with autocast:
+                    out = net(z, eps)
+                terms, painted = feature_terms(out, z, args, kl_weight), out[3]
+                if painted is not None:
+                    painted = painted.float()[:, : frames.shape[1]]
+                    paint_terms = pixel_terms(
+                        painted, frames, args, lpips if seen >= args.lpips_start else None
+                    )
+                    terms |= paint_terms
+                if use_gan and seen >= args.gan_start:
+                    critic.requires_grad_(False)
+                    gan, pixel = -critic.judge(painted).mean(), weigh(paint_terms)
+                    share = balance(pixel, gan, pixel_decoder.conv_out.weight, parallel)
+                    terms["gan"] = (args.gan_weight * share, gan)
+                loss = weigh(terms)
+                (loss / args.grad_accum).backward()
+            if "gan" in terms:
+                critic.requires_grad_(True)
+                terms["critic"] = (0.0, judge(frames, painted.detach()))
+                (terms["critic"][1] / args.grad_accum).backward()
+            for name, (_, value) in {"loss": (1.0, loss), **terms}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() / args.grad_accum
+        norms = [
+            torch.nn.utils.clip_grad_norm_(group["params"], args.clip_grad, foreach=True)
+            for group in groups
+        ]
+        optimizer.found_inf = (~torch.stack(norms).isfinite().all()).float()  # then AdamW skips it
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if "gan" in terms:
+            critic_optimizer.found_inf = optimizer.found_inf
+            critic_optimizer.step()
+            critic_optimizer.zero_grad(set_to_none=True)
+        skipped += optimizer.found_inf
+        in_a_row = (in_a_row + 1) * optimizer.found_inf
+        step += 1
+        bar.update()
+        if step % args.log_every == 0:
+            mean = torch.stack([*sums.values()]) / (step - since)
+            if parallel:
+                parallel.all_reduce(mean)
+            row = dict(zip(sums, (mean / proc.world).tolist(), strict=True))  # the only host sync
+            pace = (time.perf_counter() - began) / (step - since)
+            for group, norm in zip(groups, norms, strict=True):
+                row[f"grad_{group['name']}"] = norm.item()
+            row |= {"lr": lr, "clips_per_s": global_batch / pace, "ms_per_step": 1000 * pace}
+            row |= {"skipped": skipped.item(), "memory_gb": memory_gb(proc.device)}
+            if in_a_row.item() >= 10:
+                save()
+                names = sorted(
+                    {str(train_set.info(key)["path"]) for key in sampler.batch(step - 1)}
+                )
+                raise InputError(
+                    f"step {step}: ten losses in a row were not finite; the last clips were of "
+                    f"{', '.join(names)}; look at them, or lower --lr and --resume {folder}"
+                )
+            if proc.rank == 0:
+                log.write(step=step, **row)
+                bar.set_postfix_str(f"loss {row['loss']:.4f}, {1000 * pace:.0f} ms a step")
+                if bar.disable:
+                    left = pace * (last_step - step) / 60
+                    texts = [f"{k} {v:.4g}" for k, v in {"step": step, **row}.items()]
+                    say(f"{', '.join(texts)}, {left:.0f} min left")
+            sums, since, began = {}, step, time.perf_counter()
+
+    say(f"{folder / 'adapter.safetensors'} holds the adapter of step {step}")
+    if stopped:
+        say(f"stopped at step {step}; go on with: python train_adapter.py --resume {folder}")
+    if parallel:
+        parallel.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_cli(main)
