@@ -328,9 +328,10 @@ class Transformer(Network):
         x (N, heads, n, d), turn (n, d / 2); a pair is 2j, 2j + 1, or j, j + d / 2 in `halves`
         """
         x, dtype = x.float(), x.dtype
-        pairs = x.unflatten(-1, (2, -1)).mT if self.halves else x.unflatten(-1, (-1, 2))
-        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
-        return (turned.mT if self.halves else turned).flatten(-2).to(dtype)
+        halves = self.halves
+        pairs = x.unflatten(-1, (2, -1)).mT.contiguous() if halves else x.unflatten(-1, (-1, 2))
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * turn)
+        return (turned.mT if halves else turned).flatten(-2).to(dtype)
 
     def parts(self, x: Tensor, names: list[str], count: int) -> list[Tensor]:
         """Apply `count` layers, which the file may hold as one."""

@@ -290,7 +290,65 @@ def clips_and_shards(args) -> None:
             row(name, f"{each:.2f}", f"{each / seconds['step from the cache']:.1f}")
 
 
-SECTIONS = {"train": train, "rollout": rollout, "profile": profile, "data": clips_and_shards}
+def vit_large(args) -> None:
+    """Time V-JEPA 2.1 ViT-L on 256 px frames against a plain ViT of its size, and its matmuls."""
+    from test_encoders import vjepa_state
+
+    from encoders import EncoderConfig, create_autoencoder
+
+    D, depth, n, heads = 1024, 24, 256, 16
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"ema_encoder": vjepa_state(D, depth, 4 * D)}, f"{folder}/vitl.pt")
+        encoder = create_autoencoder(EncoderConfig("vjepa2", f"{folder}/vitl.pt"))
+    encoder.dtype = torch.bfloat16 if args.bf16 else torch.float32
+    frames = torch.randint(0, 256, (1, args.frames, 256, 256, 3), dtype=torch.uint8)
+    encoder.encode(frames[:, :1])  # settles the dtype
+    weights, x = dict(encoder.network.named_buffers()), torch.randn(args.frames, n, D)
+
+    def layer(name, x):
+        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def attend(qkv):
+        return F.scaled_dot_product_attention(
+            *qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        )
+
+    @torch.no_grad()
+    def plain(norms=True):
+        """The same weights without rotation, resizing or chunks; norms=False: products alone."""
+        y = x.to(encoder.dtype)
+        for i in range(depth):
+            norm = (lambda y: F.layer_norm(y, (D,))) if norms else (lambda y: y)
+            a = attend(layer(f"blocks.{i}.attn.qkv", norm(y))).transpose(1, 2).flatten(2)
+            a = layer(f"blocks.{i}.attn.proj", a)
+            y = y + a if norms else a
+            a = layer(f"blocks.{i}.mlp.fc1", norm(y))
+            a = layer(f"blocks.{i}.mlp.fc2", F.gelu(a) if norms else a)
+            y = y + a if norms else a
+
+    variants = {"V-JEPA ViT-L, from uint8": lambda: encoder.encode(frames), "plain ViT-L": plain}
+    variants["its matmuls and attention alone"] = lambda: plain(norms=False)
+    seconds = alternate(variants, args.rounds)
+    row(f"{args.frames} frames, {str(encoder.dtype)[6:]}", "seconds", "x plain", "images/s")
+    for name, each in seconds.items():
+        ratio = each / seconds["plain ViT-L"]
+        row(name, f"{each:.2f}", f"{ratio:.2f}", f"{args.frames / each:.2f}")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        encoder.encode(frames)
+    products = ("mm", "convolution", "dot_product", "linear")
+    share = {True: 0, False: 0}
+    for event in profiler.key_averages():
+        share[any(word in event.key for word in products)] += event.self_cpu_time_total
+    row("share of matmuls and attention", f"{100 * share[True] / sum(share.values()):.0f} %")
+
+
+SECTIONS = {
+    "train": train,
+    "rollout": rollout,
+    "profile": profile,
+    "data": clips_and_shards,
+    "vit": vit_large,
+}
 
 
 def main() -> None:

@@ -466,6 +466,21 @@ def test_bfloat16_networks_stay_close(tmp_path):
     assert (half - z).norm() / z.norm() < 0.03  # bfloat16 keeps 8 bits: 0.4 % a rounding
 
 
+@pytest.mark.parametrize("kind", ["vae", "vavae", "rae", "scale_rae_webssl", "qwen", "decoder"])
+def test_every_network_runs_in_bfloat16(tmp_path, kind):
+    options, _ = small(kind, tmp_path)
+    encoder = build(kind, options)
+    frames = torch.rand(1, 2, 56, 56, 3)
+    z = encoder.encode(frames)
+    image = encoder.decode(z) if encoder.has_decoder else None
+    encoder.dtype = torch.bfloat16
+    assert (encoder.encode(frames) - z).norm() / z.norm() < 0.1
+    if image is not None:
+        assert (encoder.decode(z) - image).abs().mean() < 0.05
+    encoder.dtype = None
+    assert encoder.encode(frames).isfinite().all()
+
+
 def test_options_of_other_encoders_are_refused():
     for options in (
         {"encoder_type": "nosuch"},
