@@ -191,7 +191,7 @@ class Objective:
         """Add one known frame (B, 1, h, w, C) with its action (B, A) to the cache."""
         z, tau = (both(x, guidance) for x in self.condition(z))
         action = both(action, guidance, null_action(action))[:, None]
-        model.append(z, model.modulations(tau, action), cache)
+        model.denoise(z, model.modulations(tau, action), cache, keep=True)
 
     def next_frame(self, model, cache, action: Tensor, eps: Tensor, guidance: float = 1.0):
         """Denoise the frame after the cached ones; the cache is left as it was.
@@ -256,7 +256,8 @@ class Objective:
                     model, z[:, known], beside, z[:, new], guidance
                 )
                 continue
-            if cache is None or (cache.full and context == "exact"):
+            full = cache and cache.frames == window - 1
+            if cache is None or (full and context == "exact"):
                 cache = self.encode_context(model, z[:, known], actions[:, known], guidance, cache)
             else:
                 self.append(model, cache, z[:, t - 1 : t], actions[:, t - 1], guidance)

@@ -8,7 +8,7 @@ DiT blocks (Peebles & Xie 2023), factored in space and time after arXiv 2605.063
 
 Spatial attention is full inside a frame, temporal attention causal per patch ("factored") or
 block-causal over all patches ("joint"). `ContextCache` keeps the temporal keys and values of the
-past: they are all that the denoising steps of a new frame need of it.
+past: the denoising steps of a new frame need nothing else of it.
 
 Shapes: B batch, V views, T frames, h w latent grid, C latent channels, N patches a frame, D width,
 H heads, E head dim, A action width. Tokens x are (B, T, N, D); all attention runs on views of it.
@@ -17,7 +17,6 @@ H heads, E head dim, A action width. Tokens x are (B, T, N, D); all attention ru
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -62,11 +61,10 @@ class DiTConfig:
                 raise InputError(f"DiT {name} is {value}; give at least 1")
         if self.dim % (2 * self.heads):
             raise InputError(f"DiT dim {self.dim} is not {self.heads} heads of even width")
-        if self.temporal_mode not in ATTEND or self.view_rope not in ("additive", "official"):
-            raise InputError(
-                f"temporal_mode is {self.temporal_mode!r}, view_rope {self.view_rope!r}; "
-                "choose factored or joint, additive or official"
-            )
+        if self.temporal_mode not in ATTEND:
+            raise InputError(f"temporal_mode is {self.temporal_mode!r}; choose factored or joint")
+        if self.view_rope not in ("additive", "official"):
+            raise InputError(f"view_rope is {self.view_rope!r}; choose additive or official")
         if not 0 <= self.action_dropout <= 1:
             raise InputError(f"action_dropout is {self.action_dropout}; choose a share, 0 to 1")
 
@@ -126,26 +124,22 @@ def build_rope(config: DiTConfig, first: int, T: int, h: int, w: int, device: to
     return rotations(space)[:1], rotations(time)
 
 
-@functools.lru_cache(maxsize=64)
-def cached_rope(*key) -> tuple[Tensor, Tensor]:
-    """Keep the tables of `build_rope`."""
-    with torch.inference_mode(False):  # training may meet a table that a rollout made
-        return build_rope(*key)
+# Kept for reuse, and not as inference tensors: training may meet a table that a rollout made.
+cached_rope = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(build_rope))
 
 
-def rotate(x: Tensor, table: Tensor, back: bool = False) -> Tensor:
-    """Rotate adjacent channel pairs: (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin).
+def norm_rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Normalise each head by its RMS, then rotate adjacent channel pairs, all in float32:
 
-    x (B, T, N, H, E), table (., ., 1, E/2, 2), both float32; back: by the opposite angles
+    (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin).   x (B, T, N, H, E), table from `build_rope`
     """
-    pairs = x.unflatten(-1, (-1, 2))
+    y = F.rms_norm(x.float(), x.shape[-1:], eps=QK_NORM_EPS).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # the compiler fuses this, and knows no complex numbers
-        (x0, x1), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
-        sin = -sin if back else sin
-        return torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), -1).flatten(-2)
-    turn = torch.view_as_complex(table)
-    turned = torch.view_as_complex(pairs) * (turn.conj() if back else turn)
-    return torch.view_as_real(turned).flatten(-2)
+        (y0, y1), (cos, sin) = y.unbind(-1), table.unbind(-1)
+        y = torch.stack((y0 * cos - y1 * sin, y1 * cos + y0 * sin), -1)
+    else:
+        y = torch.view_as_real(torch.view_as_complex(y) * torch.view_as_complex(table))
+    return y.flatten(-2).to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -204,31 +198,9 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * value
 
 
-class NormRotate(torch.autograd.Function):
-    """Normalise and rotate x (B, T, N, H, E); keep only the result, as attention does anyway.
-
-    With y the result, r = 1 / rms(x), R the rotation: dx = R^T [ r (dy - y mean(dy y)) ].
-    """
-
-    @staticmethod
-    def forward(ctx, x, table):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        r = torch.rsqrt(norm**2 / x.shape[-1] + QK_NORM_EPS)
-        y = rotate(x * r, table).to(x.dtype)
-        ctx.save_for_backward(y, r, table)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        y, r, table = ctx.saved_tensors
-        y, dy = y.float(), grad.float()
-        dx = r * torch.addcmul(dy, y, (dy * y).mean(-1, keepdim=True), value=-1)
-        return rotate(dx, table, back=True).to(grad.dtype), None
-
-
 # ------------------------------------------------------------------------------------------------
-# Attention patterns over q (B, T, N, H, E) and k, v (B, T', N, H, E): the queries are the last T
-# of T' frames. All are plain or causal SDPA on views, without masks: memory is linear in T.
+# Attention over q (B, T, N, H, E) and k, v (B, T', N, H, E), the queries being the last T of T'
+# frames: plain or causal SDPA on views, never with a mask, so memory is linear in T.
 
 
 def attend_space(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -239,7 +211,6 @@ def attend_space(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def attend_time(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Let every patch see itself in this and earlier frames (all T are new, or one is)."""
-    assert q.shape[1] in (1, k.shape[1]), f"{q.shape[1]} new of {k.shape[1]} frames"
     q, k, v = (x.flatten(2, 3).transpose(1, 2) for x in (q, k, v))  # (B, N*H, T, E)
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1).transpose(1, 2)
 
@@ -266,73 +237,36 @@ class ContextCache:
     position: int  # frames seen since `encode_context`; a full cache has overwritten the oldest
     kv: dict[int, Tensor]  # layer: (2, B, window, N, H, E), made at first use; slots have no order
 
-    @property
-    def full(self) -> bool:
-        return self.frames == self.window - 1
-
     def expand(self, n: int) -> ContextCache:
         """Copy every sample n times, for n candidates each."""
         return replace(self, kv={i: x.repeat_interleave(n, 1) for i, x in self.kv.items()})
 
 
-# ------------------------------------------------------------------------------------------------
-# Blocks, with the released key names.
-
-
-class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv_proj = Linear(dim, 3 * dim, bias=False)
-        self.out_proj = Linear(dim, dim)
-
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, rope: Tensor, attend: Callable):
-        qkv = self.qkv_proj(x, shift, scale, prologue=modulate)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, T, N, H, E)
-        y = attend(NormRotate.apply(q, rope), NormRotate.apply(k, rope), v.contiguous())
-        return None if y is None else self.out_proj(y.reshape(x.shape))
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        hidden = int(8 * dim / 3)
-        self.w12, self.w3 = Linear(dim, 2 * hidden), Linear(hidden, dim)
-
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return self.w3(self.w12(x, shift, scale, prologue=modulate), prologue=swiglu)
-
-
 class Block(nn.Module):
+    """Attend, then transform; `attend` takes q, k, v and decides who sees whom."""
+
     def __init__(self, dim: int, heads: int):
         super().__init__()
+        self.heads, hidden, qkv = heads, int(8 * dim / 3), Linear(dim, 3 * dim, bias=False)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
-        self.attn = Attention(dim, heads)
-        self.ffwd = SwiGLU(dim)
+        self.attn = nn.ModuleDict(dict(qkv_proj=qkv, out_proj=Linear(dim, dim)))
+        self.ffwd = nn.ModuleDict(dict(w12=Linear(dim, 2 * hidden), w3=Linear(hidden, dim)))
 
     def forward(self, x: Tensor, modulation: Tensor, rope: Tensor, attend: Callable):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, -1)
-        y = self.attn(x, shift_attn, scale_attn, rope, attend)
-        if y is None:  # attend only stored keys and values
+        qkv = self.attn["qkv_proj"](x, shift_attn, scale_attn, prologue=modulate)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, T, N, H, E)
+        y = attend(norm_rotate(q, rope), norm_rotate(k, rope), v)
+        if y is None:  # only keys and values were wanted
             return None
-        x = torch.addcmul(x, gate_attn, y)
-        return torch.addcmul(x, gate_mlp, self.ffwd(x, shift_mlp, scale_mlp))
-
-
-class FinalLayer(nn.Module):
-    def __init__(self, dim: int, out: int):
-        super().__init__()
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
-        self.linear = Linear(dim, out)
-
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        return self.linear(x, *modulation.chunk(2, -1), prologue=modulate)
+        x = torch.addcmul(x, gate_attn, self.attn["out_proj"](y.reshape(x.shape)))
+        y = self.ffwd["w12"](x, shift_mlp, scale_mlp, prologue=modulate)  # (B, T, N, 2 * hidden)
+        return torch.addcmul(x, gate_mlp, self.ffwd["w3"](y, prologue=swiglu))
 
 
 def timestep_embedding(tau: Tensor) -> Tensor:
-    """Embed 1000 tau as [cos, sin] of 128 frequencies exp(-ln(10000) i / 128), in float32."""
-    frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=tau.device))
-    angles = 1000 * tau.float()[..., None] * frequencies
+    """Embed 1000 tau as [cos, sin] of 128 frequencies 10000^(-i / 128), in float32."""
+    angles = axis_angles(1000 * tau.float(), 256)
     return torch.cat((angles.cos(), angles.sin()), -1)
 
 
@@ -345,7 +279,6 @@ class DiT(nn.Module):
     drop     (B,) bool        clips that get the null action (zeros, last entry 1); None: none, but
                               in training mode a share of `action_dropout`, drawn here
     ->       (B, T, h, w, C)
-    Raises InputError for a window, grid or action width that the model does not have.
     """
 
     def __init__(self, config: DiTConfig):
@@ -361,19 +294,17 @@ class DiT(nn.Module):
         )
         if config.wide_head:
             self.s_projector = Linear(D, config.head_dim)
-            self.head_final_layer = FinalLayer(config.head_dim, out)
-        else:
-            self.final_layer = FinalLayer(D, out)
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                if "adaLN_modulation" in name or "final_layer" in name:  # blocks start as identity
-                    nn.init.zeros_(module.weight)
-                elif "timestep_mlp" in name:
-                    nn.init.normal_(module.weight, std=0.02)
-                else:
-                    nn.init.xavier_uniform_(module.weight.flatten(1))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            D = config.head_dim
+        adaLN = nn.Sequential(nn.SiLU(), Linear(D, 2 * D))
+        head = nn.ModuleDict({"adaLN_modulation": adaLN, "linear": Linear(D, out)})
+        self.add_module("head_final_layer" if config.wide_head else "final_layer", head)
+        for name, x in self.named_parameters():
+            if name.endswith("bias") or "adaLN_modulation" in name or "final_layer" in name:
+                nn.init.zeros_(x)  # v starts as zero, every block as the identity
+            elif "timestep_mlp" in name:
+                nn.init.normal_(x, std=0.02)
+            else:
+                nn.init.xavier_uniform_(x.flatten(1))
 
     def forward(self, z: Tensor, tau: Tensor, actions: Tensor, drop: Tensor | None = None):
         (B, T), last = z.shape[:2], self.config.action_dim - 1
@@ -390,20 +321,17 @@ class DiT(nn.Module):
     def modulations(self, tau: Tensor, actions: Tensor) -> list[Tensor]:
         """Turn noise levels (B, T) and actions (B, T, A) into what every block is modulated with.
 
-        The denoising steps of one frame may stand for T: one product serves all of them.
-
-        ->  2 depth + 1 tensors (B, T, 1, ...): spatial and temporal blocks in turn, then the head
+        -> (B, T, 1, ...) for spatial and temporal blocks in turn, then for the head. The denoising
+        steps of one frame may stand for T: one product serves all of them.
         """
         if actions.shape != (*tau.shape, self.config.action_dim):
-            raise InputError(
-                f"DiT got actions {tuple(actions.shape)} beside noise levels {tuple(tau.shape)}; "
-                f"give one action of width {self.config.action_dim} for every frame"
-            )
+            needed = (*tau.shape, self.config.action_dim)
+            raise InputError(f"DiT got actions of shape {tuple(actions.shape)}; give {needed}")
         dtype = self.action_embedder.weight.dtype
         time = self.timestep_mlp(timestep_embedding(tau).to(dtype))[:, :, None]
         c = time + self.action_embedder(actions.to(dtype))[:, :, None]  # (B, T, 1, D)
         blocks = [block for layer in self.blocks for block in layer.values()]
-        head = time if self.config.wide_head else self.final_layer.adaLN_modulation(c)
+        head = time if self.config.wide_head else self.final_layer["adaLN_modulation"](c)
         return [*(block.adaLN_modulation(c) for block in blocks), head]
 
     def _run(self, z: Tensor, modulations: list[Tensor], first: int, attend: Callable):
@@ -411,12 +339,11 @@ class DiT(nn.Module):
         B, T, h, w, C = z.shape
         p, V = self.config.patch_size, self.config.num_views
         if C != self.config.in_channels or h % p or w % (p * V):
-            raise InputError(
-                f"DiT got latents of {h} x {w} x {C}; give {self.config.in_channels} channels, and "
-                f"{V} views side by side that split into patches of {p} x {p}"
-            )
+            needed = f"{self.config.in_channels} channels, {V} views side by side, {p}x{p} patches"
+            raise InputError(f"DiT got latents of {h} x {w} x {C}; give {needed}")
         rope = build_rope if torch.compiler.is_compiling() else cached_rope
         rope_s, rope_t = rope(self.config, first, T, h, w, z.device)
+        *modulations, last = modulations
         x = self.x_proj(z.flatten(0, 1).movedim(-1, 1).to(self.x_proj.weight.dtype))
         x = x.flatten(2).transpose(1, 2).unflatten(0, (B, T))  # (B, T, N, D)
         for i, layer in enumerate(self.blocks):
@@ -424,20 +351,17 @@ class DiT(nn.Module):
             x = layer["t_block"](x, modulations[2 * i + 1], rope_t, functools.partial(attend, i))
         if x is None:
             return None
+        head = self.head_final_layer if self.config.wide_head else self.final_layer
         if self.config.wide_head:
-            x = self.s_projector(F.silu(x + modulations[-1]))  # (B, T, N, head_dim)
-            condition = self.head_final_layer.adaLN_modulation(x.mean(2, keepdim=True))
-            x = self.head_final_layer(x, condition)  # (B, T, N, p*p*C)
-        else:
-            x = self.final_layer(x, modulations[-1])  # (B, T, N, p*p*C)
+            x = self.s_projector(F.silu(x + last))  # (B, T, N, head_dim)
+            last = head["adaLN_modulation"](x.mean(2, keepdim=True))
+        x = head["linear"](x, *last.chunk(2, -1), prologue=modulate)  # (B, T, N, p*p*C)
         x = x.unflatten(-1, (p, p, C)).unflatten(2, (h // p, w // p))
         return x.permute(0, 1, 2, 4, 3, 5, 6).reshape(z.shape).to(z.dtype)
 
-    # -- frame by frame: encode_context once, then denoise at every level and append
+    # -- frame by frame: encode_context once, then denoise at every noise level and keep the result
 
-    def encode_context(
-        self, z: Tensor, tau: Tensor, actions: Tensor, cache: ContextCache | None = None
-    ) -> ContextCache:
+    def encode_context(self, z, tau, actions, cache: ContextCache | None = None) -> ContextCache:
         """Compute the keys and values of known frames, one frame pass each.
 
         z, tau, actions  as in `forward`, T < max_frames; T = 0 gives an empty cache
@@ -446,79 +370,53 @@ class DiT(nn.Module):
         T, window = z.shape[1], self.config.max_frames
         if T >= window:
             raise InputError(f"a window of {window} holds {window - 1} known frames, not {T}")
-        cache = ContextCache(window, T, T, cache.kv if cache else {})
+        cache = ContextCache(window, 0, 0, cache.kv if cache else {})
         if T:
-            self._run_cached(z, self.modulations(tau, actions), cache, 0, 0, T, keep=True)
+            self.denoise(z, self.modulations(tau, actions), cache, keep=True)
         return cache
 
-    def denoise(self, z: Tensor, modulations: list[Tensor], cache: ContextCache) -> Tensor:
-        """Predict v of one frame (B, 1, h, w, C) after the cached ones, in one frame pass.
+    @torch.no_grad()
+    def denoise(self, z: Tensor, modulations: list[Tensor], cache: ContextCache, keep=False):
+        """Predict v of the frame (B, 1, h, w, C) after the cached ones, or keep it in the cache.
 
-        modulations  of this frame at this step: `modulations(tau, actions)` with T = 1
+        modulations  `modulations(tau, actions)` of this frame (T = 1) at this noise level
+        keep         a full cache gives up its oldest frame for this one; from then on it is
+                     approximate, because the other keys have seen frames that are gone
         """
-        n = cache.frames
-        return self._run_cached(z, modulations, cache, cache.position, n, n + 1)
-
-    def append(self, z: Tensor, modulations: list[Tensor], cache: ContextCache) -> None:
-        """Add one known frame (B, 1, h, w, C) to the cache, in one frame pass.
-
-        In a full cache it takes the place of the oldest frame; from then on the others are
-        approximate, because their keys have seen frames that are gone.
-        """
-        if room := cache.window - 1:
-            slot, cache.frames = cache.position % room, min(cache.frames + 1, room)
-            self._run_cached(z, modulations, cache, cache.position, slot, cache.frames, keep=True)
-            cache.position += 1
-
-    def _run_cached(self, z, modulations, cache, first, slot: int, past: int, keep: bool = False):
-        """Run frames that take the slots from `slot` on, and see the first `past` slots.
-
-        keep  they are known: only their keys and values matter, the last layer stops with them
-        """
+        T, n, room = z.shape[1], cache.frames, cache.window - 1
+        slot, past = n, n + T
+        if keep:
+            slot, past = cache.position % max(room, 1), min(n + T, max(room, 1))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
             if layer not in cache.kv:
                 cache.kv[layer] = k.new_empty(2, len(k), cache.window, *k.shape[2:])
             keys, values = cache.kv[layer].unbind(0)
-            keys[:, slot : slot + k.shape[1]], values[:, slot : slot + k.shape[1]] = k, v
-            if keep and layer == self.config.depth - 1:
+            keys[:, slot : slot + T], values[:, slot : slot + T] = k, v
+            if keep and layer == self.config.depth - 1:  # nobody needs the last output
                 return None
             return ATTEND[self.config.temporal_mode](q, keys[:, :past], values[:, :past])
 
-        return self._run(z, modulations, first, attend)
+        v = self._run(z, modulations, cache.position, attend)
+        if keep:
+            cache.frames, cache.position = min(n + T, room), cache.position + T
+        return v
 
 
-# ------------------------------------------------------------------------------------------------
-# Files.
-
-
-def read_released(content: object, where: str) -> tuple[dict, dict[str, Tensor]]:
-    """Find the state dict of a released checkpoint (`ema`, else `model`, else the file itself).
-
-    ->  the config fields that its shapes show, its tensors
-    """
-    if isinstance(content, dict):
-        box = next((name for name in ("ema", "model") if content.get(name) is not None), None)
-        if box and any("x_proj.weight" in name for name in content):
-            raise InputError(f"{where}: has weights both inside and beside {box!r}; keep one set")
-        content = content[box] if box else content
+def released_state(content: object, where: str) -> dict[str, Tensor]:
+    """Find the one state dict of a released file: `ema`, else `model`, else the file itself."""
+    boxes = content if isinstance(content, dict) else {}
+    box = next((name for name in ("ema", "model") if boxes.get(name) is not None), None)
+    if box and any("x_proj.weight" in name for name in content):
+        raise InputError(f"{where}: has weights both inside and beside {box!r}; keep one set")
+    content = content[box] if box else content
     values = content.values() if isinstance(content, dict) else [None]
     if not all(torch.is_tensor(x) and x.is_floating_point() for x in values):
-        raise InputError(f"{where}: holds no state dict, bare or in 'ema' or 'model'; give a DiT's")
+        raise InputError(f"{where}: no state dict, bare or in 'ema' or 'model'; give a DiT file")
     state = strip_prefixes(content, ("module.", "_orig_mod."))
     if len(state) != len(content):
         raise InputError(f"{where}: tensors occur with and without a prefix; keep one set")
-    for name, ndim in (("x_proj.weight", 4), ("action_embedder.weight", 2)):
-        if name not in state or state[name].ndim != ndim:
-            raise InputError(f"{where}: has no {name} of a DiT; give a DiT checkpoint")
-    dim, in_channels, patch_size, _ = state["x_proj.weight"].shape
-    layers = {match[0] for name in state if (match := re.match(r"blocks\.\d+\.", name))}
-    fields = dict(in_channels=in_channels, patch_size=patch_size, dim=dim, depth=len(layers))
-    fields["action_dim"] = state["action_embedder.weight"].shape[1]
-    fields["wide_head"] = "s_projector.weight" in state
-    if fields["wide_head"]:
-        fields["head_dim"] = len(state["s_projector.weight"])
-    return fields, state
+    return state
 
 
 def load_dit(path: str | Path, **overrides) -> DiT:
@@ -530,29 +428,39 @@ def load_dit(path: str | Path, **overrides) -> DiT:
     ->         DiT in eval mode, float32, on the CPU
     Raises InputError for anything missing, left over, ambiguous or contradictory.
     """
-    is_ours = Path(path).suffix == ".safetensors"
-    content, metadata = load_tensors(path) if is_ours else (load_torch(path), {})
+    where, metadata = str(path), {}
+    if Path(path).suffix == ".safetensors":
+        state, metadata = load_tensors(path)
+    else:
+        state = load_torch(path)
     if "dit_config" in metadata:
         fields = metadata["dit_config"]
-        state = {name[4:]: x for name, x in content.items() if name.startswith("dit.")}
+        state = {name[4:]: x for name, x in state.items() if name.startswith("dit.")}
     else:
-        fields, state = read_released(content, str(path))
+        state = released_state(state, where)
+        names = "x_proj.weight", "action_embedder.weight"
+        try:
+            (dim, channels, patch_size, _), (_, action_dim) = (state[name].shape for name in names)
+        except (KeyError, ValueError):
+            raise InputError(f"{where}: has no {' and '.join(names)} of a DiT") from None
+        layers = {match[0] for name in state if (match := re.match(r"blocks\.\d+\.", name))}
+        wide = state.get("s_projector.weight")
+        fields = dict(in_channels=channels, patch_size=patch_size, dim=dim, depth=len(layers))
+        fields |= dict(action_dim=action_dim, wide_head=wide is not None)
+        fields |= {} if wide is None else dict(head_dim=len(wide))
     for name in fields.keys() & overrides.keys():
         if fields[name] != overrides[name]:
-            raise InputError(
-                f"{path}: has {name}={fields[name]!r}, not {overrides[name]!r}; leave the option "
-                "out or give the file that fits"
-            )
+            raise InputError(f"{where}: {name} is {fields[name]!r}, not {overrides[name]!r}")
     fields = fields | overrides
     if "heads" not in fields:
         if fields["dim"] % 64:
-            raise InputError(f"{path}: width {fields['dim']} does not tell the heads; give heads")
+            raise InputError(f"{where}: width {fields['dim']} does not tell the heads; give heads")
         fields["heads"] = 16 if fields["dim"] == 1152 else fields["dim"] // 64
-    config = config_from(DiTConfig, fields, str(path))
+    config = config_from(DiTConfig, fields, where)
     with torch.device("meta"):
         dit = DiT(config)
     dit.to_empty(device="cpu")
-    load_strictly(dit, state, str(path))
+    load_strictly(dit, state, where)
     return dit.eval()
 
 
@@ -560,13 +468,13 @@ if __name__ == "__main__":
     from torch.utils.flop_counter import FlopCounterMode
 
     print("parameters (M) and GFLOP a frame: forward, 16 x 16 patches, T = 10, 2 per multiply-add")
-    for C, p, wide in ((16, 2, False), (96, 1, False), (1024, 1, True), (1152, 1, True)):
+    columns = (16, 2, False), (96, 1, False), (96, 1, True), (1024, 1, True), (1152, 1, True)
+    for C, p, wide in columns:
         for size, shape in DIT_SIZES.items():
             with torch.device("meta"), FlopCounterMode(display=False) as flops:
                 dit = DiT(DiTConfig(C, p, wide_head=wide, **shape)).eval()
-                z, tau, actions = (torch.empty(1, 10, *s) for s in ((16 * p, 16 * p, C), (), (10,)))
-                dit(z, tau, actions)
+                dit(*(torch.empty(1, 10, *s) for s in ((16 * p, 16 * p, C), (), (10,))))
             millions = sum(x.numel() for x in dit.parameters()) / 1e6
-            row = f"DiT-{size:2} C={C:4} p={p} {'wide' * wide:4} {millions:9.3f}"
-            print(row, f"{flops.get_total_flops() / 1e10:7.1f}")
+            gflop, head = flops.get_total_flops() / 1e10, "wide" if wide else "    "
+            print(f"DiT-{size:2} C={C:4} p={p} {head} {millions:9.3f} {gflop:7.1f}")
     print("the paper's DiT-L: 316.5 (C=96), 318.7 (C=1024 wide), 318.8 (C=1152 wide)")

@@ -8,6 +8,7 @@ Every section is a function `section(args)` that prints table rows; `SECTIONS` l
 """
 
 import argparse
+import functools
 import itertools
 import platform
 import resource
@@ -26,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from diffusion import FlowMatching, shift_tau, time_shift
+from diffusion import FlowMatching, time_shift
 from dit import DIT_SIZES, DiT, DiTConfig, timestep_embedding
 
 
@@ -75,18 +76,24 @@ def plain_rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), -1).flatten(-2)
 
 
+def plain_linear(layer, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)
+
+
 def plain_block(block, x: Tensor, c: Tensor, angles: Tensor, causal: bool) -> Tensor:
     """x (batch, L, D), c (batch, L or 1, D)."""
-    shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c).chunk(6, -1)
+    shift1, scale1, gate1, shift2, scale2, gate2 = plain_linear(
+        block.adaLN_modulation[1], F.silu(c)
+    ).chunk(6, -1)
     y = plain_norm(x, 1e-6) * (1 + scale1) + shift1
-    q, k, v = block.attn.qkv_proj(y).chunk(3, -1)
-    q, k, v = (z.unflatten(-1, (block.attn.heads, -1)).transpose(1, 2) for z in (q, k, v))
+    q, k, v = plain_linear(block.attn.qkv_proj, y).chunk(3, -1)
+    q, k, v = (z.unflatten(-1, (block.heads, -1)).transpose(1, 2) for z in (q, k, v))
     q, k = (plain_rotate(plain_norm(z, 1.19e-7), angles) for z in (q, k))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    x = x + gate1 * block.attn.out_proj(y.transpose(1, 2).reshape(x.shape))
+    x = x + gate1 * plain_linear(block.attn.out_proj, y.transpose(1, 2).reshape(x.shape))
     y = plain_norm(x, 1e-6) * (1 + scale2) + shift2
-    gate, value = block.ffwd.w12(y).chunk(2, -1)
-    return x + gate2 * block.ffwd.w3(F.silu(gate) * value)
+    gate, value = plain_linear(block.ffwd.w12, y).chunk(2, -1)
+    return x + gate2 * plain_linear(block.ffwd.w3, F.silu(gate) * value)
 
 
 def plain_forward(dit: DiT, z: Tensor, tau: Tensor, actions: Tensor) -> Tensor:
@@ -107,8 +114,9 @@ def plain_forward(dit: DiT, z: Tensor, tau: Tensor, actions: Tensor) -> Tensor:
         c_time = c[:, None].expand(B, N, T, -1).reshape(B * N, T, -1)
         x = plain_block(layer.t_block, x, c_time, times, causal=True)
         x = x.reshape(B, N, T, -1).transpose(1, 2)
-    shift, scale = dit.final_layer.adaLN_modulation(c)[:, :, None].chunk(2, -1)
-    return dit.final_layer.linear(plain_norm(x, 1e-6) * (1 + scale) + shift).reshape(z.shape)
+    head = dit.final_layer
+    shift, scale = plain_linear(head.adaLN_modulation[1], F.silu(c))[:, :, None].chunk(2, -1)
+    return plain_linear(head.linear, plain_norm(x, 1e-6) * (1 + scale) + shift).reshape(z.shape)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -142,7 +150,8 @@ def train(args) -> None:
     seconds = alternate({kind: train_step(args, kind) for kind in kinds}, args.rounds)
     row("training step", "seconds", "x plain", "peak GB")
     for kind in kinds:
-        command = [sys.executable, __file__, "peak", "--kind", kind, *sys.argv[1:]]
+        options = [word for word in sys.argv[1:] if word not in SECTIONS]
+        command = [sys.executable, __file__, "peak", "--kind", kind, *options]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         ratio = seconds[kind] / seconds["plain"]
         row(kind, f"{seconds[kind]:.3f}", f"{ratio:.2f}", out.split()[-1])
@@ -172,174 +181,30 @@ def profile(args) -> None:
 
 
 def rollout(args) -> None:
-    """Time one frame at a full window: everything recomputed, exact cache, rolling cache."""
+    """Time a frame at a full window: everything run again, exact cache, rolling cache."""
+    objective = FlowMatching(shift=time_shift(args.grid**2, args.channels))
+    z = torch.randn(1, args.frames, args.grid, args.grid, args.channels)
+
+    def run(model: Callable, frames: int, context: str) -> Callable[[], None]:
+        actions = torch.zeros(1, args.frames + frames, 10)
+        return lambda: objective.rollout(model, z, actions, frames, context=context)
+
     for dtype in (torch.float32, torch.bfloat16):
         dit = build(args).eval().to(dtype)
-
-        def uncached(z, tau, actions, dit=dit):
-            return dit(z, tau, actions)
-
-        uncached.config = dit.config
-        objective = FlowMatching(shift=time_shift(args.grid**2, args.channels))
-        z = torch.randn(1, args.frames, args.grid, args.grid, args.channels)
-        n = 2  # frames a run; the first one fills the window
-
-        def run(model, frames, context, objective=objective, z=z):
-            actions = torch.zeros(1, args.frames + frames, 10)
-            objective.rollout(model, z, actions, frames, context=context)
-
+        plain = functools.partial(DiT.forward, dit)  # no cache methods
+        plain.config = dit.config
         variants = {
-            "uncached": lambda uncached=uncached, run=run: run(uncached, 1, "exact"),
-            "exact 1": lambda dit=dit, run=run: run(dit, 1, "exact"),
-            "exact": lambda dit=dit, run=run: run(dit, 1 + n, "exact"),
-            "rolling": lambda dit=dit, run=run: run(dit, 1 + n, "rolling"),
+            "uncached": run(plain, 1, "exact"),
+            "first": run(dit, 1, "exact"),  # fills the window, as every rollout does once
+            "exact": run(dit, 3, "exact"),
+            "rolling": run(dit, 3, "rolling"),
         }
         seconds = alternate(variants, args.rounds)
         row(f"rollout, {str(dtype)[6:]}", "s a frame", "x faster")
         row("uncached", f"{seconds['uncached']:.3f}", "1.00")
         for name in ("exact", "rolling"):
-            steady = (seconds[name] - seconds["exact 1"]) / n
+            steady = (seconds[name] - seconds["first"]) / 2
             row(name, f"{steady:.3f}", f"{seconds['uncached'] / steady:.2f}")
-
-
-def clips_and_shards(args) -> None:
-    """Time what feeds training: clips against MP4, conversion, checksums, start-up, latent cache."""
-    from test_data import bridge_example, jpeg, write_rlds
-
-    import data
-
-    with tempfile.TemporaryDirectory() as folder:
-        folder, rng = Path(folder), np.random.default_rng(0)
-        wide = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        wide = np.asarray(Image.fromarray(wide).resize((512, 512), Image.Resampling.BICUBIC))
-        wide = np.clip(wide + rng.normal(0, 8, wide.shape), 0, 255).astype(np.uint8)
-        frames = [np.ascontiguousarray(wide[3 * t :][:256, 2 * t :][:, :256]) for t in range(38)]
-        data.append_index(folder / "robot", {"fps": 5, "action_mapping": "bridge"})
-        path = folder / "robot/train/000000000.safetensors"
-        entry = data.write_episode(path, [jpeg(f) for f in frames], np.zeros((38, 10)), {})
-        data.append_index(folder / "robot", {"shard": "a", "episodes": {"train": [entry]}})
-        config = data.DataConfig(str(folder), "robot")
-        dataset, draws = data.EpisodeDataset(config, "train"), itertools.count()
-        variants = {"episode file": lambda: dataset[next(draws), 0]}
-        try:
-            import av
-        except ImportError:
-            row("no PyAV here: no comparison with MP4")
-        else:
-            with av.open(str(folder / "a.mp4"), "w") as out:
-                stream = out.add_stream("libx264", rate=5)
-                stream.width, stream.height = 256, 256
-                for frame in frames:
-                    out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-                out.mux(stream.encode())
-
-            def video():
-                first = int(dataset.info((next(draws), 0))["times"][0])
-                with av.open(str(folder / "a.mp4")) as file:
-                    span = list(itertools.islice(file.decode(video=0), first, first + 19))
-                    shown = np.stack([f.to_ndarray(format="rgb24") for f in span])[::2]
-                return torch.from_numpy(shown).float() / 255
-
-            variants["H.264 MP4, PyAV"] = video
-        seconds = alternate(variants, 20 * args.rounds)
-        row("a clip of 10 frames, 256 px", "ms", "x file")
-        for name, each in seconds.items():
-            row(name, f"{1e3 * each:.1f}", f"{each / seconds['episode file']:.1f}")
-
-        example = bridge_example(0, len(frames))
-        for step, frame in zip(example["steps"], frames, strict=True):
-            step["observation"]["image_0"] = jpeg(frame)
-        source = write_rlds(folder / "rlds", {"train": [[example]] * 48, "val": [[example]]})
-        megabytes = sum(p.stat().st_size for p in source.glob("*tfrecord*")) / 1e6
-        start = time.perf_counter()
-        data.convert(data.Args(output_dir=str(folder), source=str(source)))
-        converted = time.perf_counter() - start
-        start = time.perf_counter()
-        for episode in (folder / "bridge_v2").glob("*/*.safetensors"):
-            data.write_atomic(folder / "copy" / episode.name, episode.read_bytes())
-        copied, content = time.perf_counter() - start, next(source.glob("*tfrecord*")).read_bytes()
-        checked = alternate({"crc": lambda: data.masked_crc32c(content)}, args.rounds)["crc"]
-        row(f"{megabytes:.0f} MB of shards", "MB/s")
-        row("convert", f"{megabytes / converted:.0f}")
-        row("copy and fsync the same files", f"{megabytes / copied:.0f}")
-        row("CRC-32C alone", f"{len(content) / 1e6 / checked:.0f}")
-
-        layer = torch.nn.TransformerEncoderLayer(1024, 16, 4096, batch_first=True, norm_first=True)
-        vit = torch.nn.TransformerEncoder(layer, 24, enable_nested_tensor=False).eval()
-        patches, narrow = torch.nn.Linear(768, 1024), torch.nn.Linear(1024, args.channels)
-
-        @torch.no_grad()
-        def encode(frames):
-            x = frames[0].unflatten(1, (16, 16)).unflatten(3, (16, 16)).transpose(2, 3)
-            z = narrow(vit(patches(x.reshape(-1, 256, 768))))
-            return z.unflatten(1, (16, 16))[None]
-
-        data.write_latent_cache(config, "train", "bench", encode)
-        cached = data.EpisodeDataset(config, "train", "bench")
-        step = train_step(args, "ours")
-        variants = {
-            "step from the cache": lambda: (cached[next(draws), 0], step()),
-            "step, ViT-L on the fly": lambda: (
-                encode(dataset[next(draws), 0].frames[None]),
-                step(),
-            ),
-        }
-        seconds = alternate(variants, max(1, args.rounds // 2))
-        row(f"DiT-{args.size}, batch {args.batch}", "seconds", "x cache")
-        for name, each in seconds.items():
-            row(name, f"{each:.2f}", f"{each / seconds['step from the cache']:.1f}")
-
-
-def vit_large(args) -> None:
-    """Time V-JEPA 2.1 ViT-L on 256 px frames against a plain ViT of its size, and its matmuls."""
-    from test_encoders import vjepa_state
-
-    from encoders import EncoderConfig, create_autoencoder
-
-    D, depth, n, heads = 1024, 24, 256, 16
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save({"ema_encoder": vjepa_state(D, depth, 4 * D)}, f"{folder}/vitl.pt")
-        encoder = create_autoencoder(EncoderConfig("vjepa2", f"{folder}/vitl.pt"))
-    encoder.dtype = torch.bfloat16 if args.bf16 else torch.float32
-    frames = torch.randint(0, 256, (1, args.frames, 256, 256, 3), dtype=torch.uint8)
-    encoder.encode(frames[:, :1])  # settles the dtype
-    weights, x = dict(encoder.network.named_buffers()), torch.randn(args.frames, n, D)
-
-    def layer(name, x):
-        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    def attend(qkv):
-        return F.scaled_dot_product_attention(
-            *qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        )
-
-    @torch.no_grad()
-    def plain(norms=True):
-        """The same weights without rotation, resizing or chunks; norms=False: products alone."""
-        y = x.to(encoder.dtype)
-        for i in range(depth):
-            norm = (lambda y: F.layer_norm(y, (D,))) if norms else (lambda y: y)
-            a = attend(layer(f"blocks.{i}.attn.qkv", norm(y))).transpose(1, 2).flatten(2)
-            a = layer(f"blocks.{i}.attn.proj", a)
-            y = y + a if norms else a
-            a = layer(f"blocks.{i}.mlp.fc1", norm(y))
-            a = layer(f"blocks.{i}.mlp.fc2", F.gelu(a) if norms else a)
-            y = y + a if norms else a
-
-    variants = {"V-JEPA ViT-L, from uint8": lambda: encoder.encode(frames), "plain ViT-L": plain}
-    variants["its matmuls and attention alone"] = lambda: plain(norms=False)
-    seconds = alternate(variants, args.rounds)
-    row(f"{args.frames} frames, {str(encoder.dtype)[6:]}", "seconds", "x plain", "images/s")
-    for name, each in seconds.items():
-        ratio = each / seconds["plain ViT-L"]
-        row(name, f"{each:.2f}", f"{ratio:.2f}", f"{args.frames / each:.2f}")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        encoder.encode(frames)
-    products = ("mm", "convolution", "dot_product", "linear")
-    share = {True: 0, False: 0}
-    for event in profiler.key_averages():
-        share[any(word in event.key for word in products)] += event.self_cpu_time_total
-    row("share of matmuls and attention", f"{100 * share[True] / sum(share.values()):.0f} %")
 
 
 SECTIONS = {
