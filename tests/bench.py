@@ -207,6 +207,146 @@ def rollout(args) -> None:
             row(name, f"{steady:.3f}", f"{seconds['uncached'] / steady:.2f}")
 
 
+def clips_and_shards(args) -> None:
+    """Time what feeds training: clips against MP4, conversion, checksums, start-up, latent cache."""
+    from test_data import bridge_example, jpeg, write_rlds
+
+    import data
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder, rng = Path(folder), np.random.default_rng(0)
+        wide = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        wide = np.asarray(Image.fromarray(wide).resize((512, 512), Image.Resampling.BICUBIC))
+        wide = np.clip(wide + rng.normal(0, 8, wide.shape), 0, 255).astype(np.uint8)
+        frames = [np.ascontiguousarray(wide[3 * t :][:256, 2 * t :][:, :256]) for t in range(38)]
+        data.append_index(folder / "robot", {"fps": 5, "action_mapping": "bridge"})
+        path = folder / "robot/train/000000000.safetensors"
+        entry = data.write_episode(path, [jpeg(f) for f in frames], np.zeros((38, 10)), {})
+        data.append_index(folder / "robot", {"shard": "a", "episodes": {"train": [entry]}})
+        config = data.DataConfig(str(folder), "robot")
+        dataset, draws = data.EpisodeDataset(config, "train"), itertools.count()
+        variants = {"episode file": lambda: dataset[next(draws), 0]}
+        try:
+            import av
+        except ImportError:
+            row("no PyAV here: no comparison with MP4")
+        else:
+            with av.open(str(folder / "a.mp4"), "w") as out:
+                stream = out.add_stream("libx264", rate=5)
+                stream.width, stream.height = 256, 256
+                for frame in frames:
+                    out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                out.mux(stream.encode())
+
+            def video():
+                first = int(dataset.info((next(draws), 0))["times"][0])
+                with av.open(str(folder / "a.mp4")) as file:
+                    span = list(itertools.islice(file.decode(video=0), first, first + 19))
+                    shown = np.stack([f.to_ndarray(format="rgb24") for f in span])[::2]
+                return torch.from_numpy(shown).float() / 255
+
+            variants["H.264 MP4, PyAV"] = video
+        seconds = alternate(variants, 20 * args.rounds)
+        row("a clip of 10 frames, 256 px", "ms", "x file")
+        for name, each in seconds.items():
+            row(name, f"{1e3 * each:.1f}", f"{each / seconds['episode file']:.1f}")
+
+        example = bridge_example(0, len(frames))
+        for step, frame in zip(example["steps"], frames, strict=True):
+            step["observation"]["image_0"] = jpeg(frame)
+        source = write_rlds(folder / "rlds", {"train": [[example]] * 48, "val": [[example]]})
+        megabytes = sum(p.stat().st_size for p in source.glob("*tfrecord*")) / 1e6
+        start = time.perf_counter()
+        data.convert(data.Args(output_dir=str(folder), source=str(source)))
+        converted = time.perf_counter() - start
+        start = time.perf_counter()
+        for episode in (folder / "bridge_v2").glob("*/*.safetensors"):
+            data.write_atomic(folder / "copy" / episode.name, episode.read_bytes())
+        copied, content = time.perf_counter() - start, next(source.glob("*tfrecord*")).read_bytes()
+        checked = alternate({"crc": lambda: data.masked_crc32c(content)}, args.rounds)["crc"]
+        row(f"{megabytes:.0f} MB of shards", "MB/s")
+        row("convert", f"{megabytes / converted:.0f}")
+        row("copy and fsync the same files", f"{megabytes / copied:.0f}")
+        row("CRC-32C alone", f"{len(content) / 1e6 / checked:.0f}")
+
+        layer = torch.nn.TransformerEncoderLayer(1024, 16, 4096, batch_first=True, norm_first=True)
+        vit = torch.nn.TransformerEncoder(layer, 24, enable_nested_tensor=False).eval()
+        patches, narrow = torch.nn.Linear(768, 1024), torch.nn.Linear(1024, args.channels)
+
+        @torch.no_grad()
+        def encode(frames):
+            x = frames[0].unflatten(1, (16, 16)).unflatten(3, (16, 16)).transpose(2, 3)
+            z = narrow(vit(patches(x.reshape(-1, 256, 768))))
+            return z.unflatten(1, (16, 16))[None]
+
+        data.write_latent_cache(config, "train", "bench", encode)
+        cached = data.EpisodeDataset(config, "train", "bench")
+        step = train_step(args, "ours")
+        variants = {
+            "step from the cache": lambda: (cached[next(draws), 0], step()),
+            "step, ViT-L on the fly": lambda: (
+                encode(dataset[next(draws), 0].frames[None]),
+                step(),
+            ),
+        }
+        seconds = alternate(variants, max(1, args.rounds // 2))
+        row(f"DiT-{args.size}, batch {args.batch}", "seconds", "x cache")
+        for name, each in seconds.items():
+            row(name, f"{each:.2f}", f"{each / seconds['step from the cache']:.1f}")
+
+
+def vit_large(args) -> None:
+    """Time V-JEPA 2.1 ViT-L on 256 px frames against a plain ViT of its size, and its matmuls."""
+    from test_encoders import vjepa_state
+
+    from encoders import EncoderConfig, create_autoencoder
+
+    D, depth, n, heads = 1024, 24, 256, 16
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"ema_encoder": vjepa_state(D, depth, 4 * D)}, f"{folder}/vitl.pt")
+        encoder = create_autoencoder(EncoderConfig("vjepa2", f"{folder}/vitl.pt"))
+    encoder.dtype = torch.bfloat16 if args.bf16 else torch.float32
+    frames = torch.randint(0, 256, (1, args.frames, 256, 256, 3), dtype=torch.uint8)
+    encoder.encode(frames[:, :1])  # settles the dtype
+    weights, x = dict(encoder.network.named_buffers()), torch.randn(args.frames, n, D)
+
+    def layer(name, x):
+        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def attend(qkv):
+        return F.scaled_dot_product_attention(
+            *qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        )
+
+    @torch.no_grad()
+    def plain(norms=True):
+        """The same weights without rotation, resizing or chunks; norms=False: products alone."""
+        y = x.to(encoder.dtype)
+        for i in range(depth):
+            norm = (lambda y: F.layer_norm(y, (D,))) if norms else (lambda y: y)
+            a = attend(layer(f"blocks.{i}.attn.qkv", norm(y))).transpose(1, 2).flatten(2)
+            a = layer(f"blocks.{i}.attn.proj", a)
+            y = y + a if norms else a
+            a = layer(f"blocks.{i}.mlp.fc1", norm(y))
+            a = layer(f"blocks.{i}.mlp.fc2", F.gelu(a) if norms else a)
+            y = y + a if norms else a
+
+    variants = {"V-JEPA ViT-L, from uint8": lambda: encoder.encode(frames), "plain ViT-L": plain}
+    variants["its matmuls and attention alone"] = lambda: plain(norms=False)
+    seconds = alternate(variants, args.rounds)
+    row(f"{args.frames} frames, {str(encoder.dtype)[6:]}", "seconds", "x plain", "images/s")
+    for name, each in seconds.items():
+        ratio = each / seconds["plain ViT-L"]
+        row(name, f"{each:.2f}", f"{ratio:.2f}", f"{args.frames / each:.2f}")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        encoder.encode(frames)
+    products = ("mm", "convolution", "dot_product", "linear")
+    share = {True: 0, False: 0}
+    for event in profiler.key_averages():
+        share[any(word in event.key for word in products)] += event.self_cpu_time_total
+    row("share of matmuls and attention", f"{100 * share[True] / sum(share.values()):.0f} %")
+
+
 SECTIONS = {
     "train": train,
     "rollout": rollout,
