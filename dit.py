@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from data import InputError, config_from, load_strictly, load_tensors, load_torch, strip_prefixes
 
 DIT_SIZES = {
-    "T": dict(dim=256, depth=4, heads=4),
+    "T": dict(dim=256, depth=2, heads=4),
     "S": dict(dim=384, depth=12, heads=6),
     "B": dict(dim=768, depth=12, heads=12),
     "L": dict(dim=1024, depth=24, heads=16),
