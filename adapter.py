@@ -5,7 +5,7 @@
 
 Shapes: T frames, h w latent grid, D feature width, C compact width, N frames folded.
     z  (..., h, w, D)      u  (..., h, w, C)      frames  (..., H, W, 3) in [0, 1]
-Every method takes any leading axes; the h * w tokens of one frame are one attention sequence.
+The h w tokens of one frame are one attention sequence; leading axes may be any.
 
 Sources: arXiv 2605.06388 (S-VAE, sizes, checkpoint layout); He et al. 2022, arXiv 2111.06377
 (ViT-MAE block); Rombach et al. 2022, arXiv 2112.10752 (convolutional decoder).
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
+from data import InputError
 
 WRAPPERS = ("_orig_mod.", "module.")  # torch.compile and DDP put these before every key
 GRID = 16  # where the pixel decoder starts: 256x256 frames, 16 pixels a token
@@ -49,9 +50,7 @@ class AdapterConfig:
 
     def __post_init__(self):
         if self.adapter_type not in ("identity", "mlp", "svae"):
-            raise data.InputError(
-                f"adapter_type {self.adapter_type!r}: choose identity, mlp or svae"
-            )
+            raise InputError(f"adapter_type {self.adapter_type!r}: choose identity, mlp or svae")
         check_fields(self, may_be_zero=("adapter_latent_layers",))
 
 
@@ -74,17 +73,16 @@ class PixelDecoderConfig:
         self.attn_resolutions = tuple(self.attn_resolutions)
         check_fields(self)
         levels = [GRID << i for i in range(len(self.channel_multipliers))]
-        strays = set(self.attn_resolutions) - set(levels)
         wrong = {
             "channel_multipliers: give 1 to 8 of them": not 1 <= len(levels) <= 8,
-            f"attn_resolutions: the levels are {levels}": strays,
+            f"attn_resolutions: levels are {levels}": {*self.attn_resolutions} - {*levels},
             "base_channels: GroupNorm needs a multiple of 32": self.base_channels % 32,
             "attn_heads: must divide base_channels": self.base_channels % self.attn_heads,
             "dropout: must be in [0, 1)": not 0 <= self.dropout < 1,
             "output_activation: sigmoid or none": self.output_activation not in ("sigmoid", "none"),
         }
-        for message in (message for message, is_wrong in wrong.items() if is_wrong):
-            raise data.InputError(f"{message} (now {getattr(self, message.partition(':')[0])!r})")
+        for message in (text for text, is_wrong in wrong.items() if is_wrong):
+            raise InputError(f"{message} (now {getattr(self, message.partition(':')[0])!r})")
 
 
 def check_fields(config: Any, may_be_zero: tuple[str, ...] = ()) -> None:
@@ -97,9 +95,9 @@ def check_fields(config: Any, may_be_zero: tuple[str, ...] = ()) -> None:
         if value is None and kind.endswith("None"):
             continue
         if "int" in kind and not all(type(n) is int and low <= n <= high for n in numbers):
-            raise data.InputError(f"{name} {value!r}: needs whole numbers from {low} to {high}")
+            raise InputError(f"{name} is {value!r}: needs whole numbers from {low} to {high}")
         if kind == "bool" and type(value) is not bool:
-            raise data.InputError(f"{name} {value!r}: needs True or False")
+            raise InputError(f"{name} is {value!r}: needs True or False")
 
 
 def most_heads(width: int, limit: int) -> int:
@@ -201,8 +199,6 @@ class SVAEAdapter(Adapter):
     flat         z -> blocks, norm -> (mean, logvar)                    u -> blocks, norm -> z
     progressive  z -> blocks, norm -> mid block, norm -> (mean, logvar)   u -> mid block, norm -> ...
     With `adapter_latent_layers`, blocks of width C refine the draw before and after it is u.
-
-    Raises ValueError when a number of heads does not divide its width.
     """
 
     def __init__(self, config: AdapterConfig, input_dim: int):
@@ -210,7 +206,7 @@ class SVAEAdapter(Adapter):
         D, C, heads = input_dim, self.latent_dim, config.adapter_num_heads
         narrow_heads = config.adapter_latent_heads or most_heads(C, 8)
         if D % heads or C % narrow_heads:
-            raise data.InputError(
+            raise InputError(
                 f"heads must divide their width: adapter_num_heads {heads} the {D} features (try "
                 f"{most_heads(D, 16)}), adapter_latent_heads {narrow_heads} the {C} of the latent"
             )
@@ -302,8 +298,8 @@ class SpatialAttention(nn.Module):
 class PixelDecoder(nn.Module):
     """Paint frames from latents: u (..., T, h, w, C) -> (..., T, H, W, 3).
 
-    A level is residual blocks, perhaps attention, and (all but the outermost) doubling of the
-    size. With `temporal_upsample` T latents give 2 T frames.
+    A level is residual blocks, perhaps attention, and (but for the outermost) doubling of the size.
+    With `temporal_upsample` T latents give 2 T frames.
     """
 
     def __init__(self, config: PixelDecoderConfig):
@@ -350,7 +346,7 @@ class PixelDecoder(nn.Module):
 
 
 def create_adapter(config: AdapterConfig, input_dim: int) -> Adapter:
-    """Build an untrained adapter for features of width `input_dim`."""
+    """Build an untrained adapter for features of width `input_dim`; its heads must divide it."""
     classes = {"identity": Adapter, "mlp": MLPAdapter, "svae": SVAEAdapter}
     return classes[config.adapter_type](config, input_dim)
 
@@ -389,12 +385,12 @@ def load_adapter(
         # A released file names only the type of its encoder, which every fingerprint begins with.
         own = adapter.encoder_fingerprint or (adapter.encoder_config or {}).get("encoder_type")
     except (AttributeError, KeyError, TypeError, IndexError) as error:
-        raise data.InputError(
+        raise InputError(
             f"{path}: does not describe an adapter ({type(error).__name__}: {error}); choose a file "
             "that train_adapter.py wrote or a released adapter, or copy it again"
         ) from error
     if fingerprint and own and not f"{fingerprint}-".startswith(f"{own}-"):
-        raise data.InputError(
+        raise InputError(
             f"{path}: belongs to encoder {own}, not to {fingerprint}; choose that encoder with the "
             "weights and options the adapter was trained on, or another adapter"
         )
@@ -410,12 +406,12 @@ def build(
     config = data.config_from(cls, metadata[f"{part}_config"], where)
     state = {n[len(part) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{part}.")}
     if wrong := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
-        raise data.InputError(f"{where}: {wrong[0]} holds no real numbers; copy the file again")
+        raise InputError(f"{where}: {wrong[0]} holds no real numbers; copy the file again")
     try:
         with torch.device("meta"):
             module = make(config)
     except (ValueError, RuntimeError) as error:
-        raise data.InputError(f"{where}: its config cannot be built: {error}") from error
+        raise InputError(f"{where}: its config cannot be built: {error}") from error
     data.load_strictly(module, {name: t.to("meta") for name, t in state.items()}, where)
     data.load_strictly(module.to_empty(device="cpu"), state, where)
     return module.eval()

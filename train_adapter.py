@@ -98,7 +98,7 @@ class Args:
     # -- adapter and pixel decoder
     adapter: Annotated[AdapterConfig, tyro.conf.arg(name="")] = field(default_factory=AdapterConfig)
     use_pixel_decoder: bool = False  # train one, for encoders that cannot paint
-    decoder_channels: int = 160  # its outermost width: 160 in the paper, 128 in its code
+    decoder_channels: int = 160  # its outermost width: 160 in the paper, 128 in its code; >= 64
     decoder_multipliers: str = "1,1,2,4,8"  # widths of its levels, outermost first
     decoder_blocks: int = 2  # residual blocks a level
     decoder_attention: str = "16"  # levels with attention, by size on 256x256 frames
@@ -111,8 +111,7 @@ class Args:
     pixel_weight: float = 1.0  # of the four pixel terms together
     lpips_weight: float = 0.5  # VGG LPIPS; needs the file that a missing-file error names
     lpips_start: int = 50_000  # clips seen before LPIPS is used
-    ms_ssim_weight: float = 0.5  # 1 - multi-scale structural similarity
-    ms_ssim_scales: int = 5  # its scales; each halves the frames, and 11 pixels must remain
+    ms_ssim_weight: float = 0.5  # 1 - MS-SSIM over five scales, fewer on frames below 176 pixels
     gan_weight: float = 0.0  # PatchGAN, scaled as in VQGAN; the paper's option is 0.1
     gan_start: int = 100_000  # clips seen before the PatchGAN is used
     # -- optimisation
@@ -122,7 +121,6 @@ class Args:
     max_steps: int | None = None  # stop here; the schedule is not changed
     lr: float = 1e-4  # peak learning rate of the adapter
     decoder_lr_scale: float = 3.0  # the pixel decoder's, as a multiple of it
-    critic_lr: float = 4e-5  # of the PatchGAN's critic
     warmup_epochs: float = 0.0  # linear warm-up from lr / 1000
     final_lr: float = 1.0  # last learning rate of the cosine, as a share of the peak
     weight_decay: float = 1e-4  # AdamW
@@ -140,27 +138,27 @@ class Args:
     save_every: int = 1000  # steps between checkpoints
 
     def __post_init__(self):
-        for name in "batch_size grad_accum num_epochs num_views log_every val_every val_clips save_every".split():
+        counts = "batch_size grad_accum num_epochs log_every val_every val_clips save_every"
+        for name in counts.split():
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.adapter.adapter_type == "identity" and not self.use_pixel_decoder:
-            raise ValueError("an identity adapter has nothing to train: use_pixel_decoder or svae")
-        if self.image_size < 11 << (self.ms_ssim_scales - 1) and self.ms_ssim_weight:
-            raise ValueError(
-                f"ms_ssim_scales {self.ms_ssim_scales}: too many for {self.image_size} px"
-            )
-        self.pixel_decoder_config()
+            raise InputError("an identity adapter has nothing to train; add use_pixel_decoder")
+        self.pixel_decoder_config(self.adapter.adapter_latent_dim)
 
-    def pixel_decoder_config(self) -> PixelDecoderConfig:
-        def numbers(text):
-            return tuple(int(n) for n in text.split(",") if n.strip())
-
+    def pixel_decoder_config(self, latent_dim: int, temporal: bool = False) -> PixelDecoderConfig:
+        lists = self.decoder_multipliers, self.decoder_attention
+        try:
+            multipliers, attention = ([int(n) for n in x.split(",") if n.strip()] for x in lists)
+        except ValueError as error:
+            raise InputError(f"decoder_multipliers, decoder_attention: {error}") from error
         return PixelDecoderConfig(
-            latent_dim=self.adapter.adapter_latent_dim,
-            base_channels=self.decoder_channels,
-            channel_multipliers=numbers(self.decoder_multipliers),
-            num_res_blocks=self.decoder_blocks,
-            attn_resolutions=numbers(self.decoder_attention),
+            latent_dim,
+            self.decoder_channels,
+            multipliers,
+            self.decoder_blocks,
+            temporal_upsample=temporal,
+            attn_resolutions=attention,
         )
 
 
@@ -179,11 +177,10 @@ TOY = Args(
         adapter_intermediate_size=384,
     ),
     use_pixel_decoder=True,
-    decoder_channels=32,
+    decoder_channels=64,
     decoder_multipliers="1,1,2,2",
     decoder_blocks=1,
     lpips_weight=0.0,
-    ms_ssim_scales=3,
     num_epochs=5,
     lr=1e-3,
     warmup_epochs=0.2,
@@ -209,13 +206,16 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return -10 * (a - b).square().mean((-3, -2, -1)).clamp_min(1e-10).log10()
 
 
-def ms_ssim(a: Tensor, b: Tensor, scales: int = 5) -> Tensor:
+def ms_ssim(a: Tensor, b: Tensor, scales: int | None = None) -> Tensor:
     """Compare frames by structure at several scales; one scale is the plain SSIM.
 
     prod_s mean(contrast * structure at scale s)^w_s, at the last scale times luminance
-    [Wang et al. 2003, sec. 3; 11x11 Gaussian window, sigma 1.5]. Of fewer than five exponents
-    the sum is brought to 1.   a, b (..., H, W, 3) in [0, 1] -> (...)
+    [Wang et al. 2003, sec. 3; 11x11 Gaussian window, sigma 1.5]. By default there are five scales
+    or as many as leave 11 pixels; the exponents of fewer than five are brought to a sum of 1.
+
+    a, b  (..., H, W, 3) in [0, 1] -> (...)
     """
+    scales = scales or min(5, (min(a.shape[-3:-1]) // 11).bit_length())
     exponents = a.new_tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333][:scales])
     exponents = exponents if scales == 5 else exponents / exponents.sum()
     window = torch.exp(-(torch.arange(11, device=a.device) - 5.0).square() / (2 * 1.5**2))
@@ -284,17 +284,17 @@ class Autoencoder(nn.Module):
         self.adapter, self.pixel_decoder, self.joint = adapter, pixel_decoder, joint
 
     def forward(self, z: Tensor, eps: Tensor) -> tuple[Tensor | None, ...]:
-        mean, logvar = self.adapter.posterior(z)
-        u = mean if logvar is None else mean + torch.exp(0.5 * logvar) * eps
-        u = self.adapter.refine(u)
-        paint = self.pixel_decoder
-        painted = None if paint is None else paint(u if self.joint else u.detach())
-        return self.adapter.decode(u), mean, logvar, painted
+        mean, logvar = (x if x is None else x.float() for x in self.adapter.posterior(z))
+        u = self.adapter.refine(mean if logvar is None else mean + torch.exp(0.5 * logvar) * eps)
+        z_rec, painted = self.adapter.decode(u).float(), None
+        if self.pixel_decoder is not None:
+            painted = self.pixel_decoder(u if self.joint else u.detach()).float()
+        return z_rec, mean, logvar, painted
 
 
 def feature_terms(out: tuple, z: Tensor, args: Args, kl_weight: float) -> dict[str, tuple]:
     """Compare reconstructed with true features: {name: (weight, value)}."""
-    z_rec, mean, logvar, _ = (x if x is None else x.float() for x in out)
+    z_rec, mean, logvar, _ = out
     terms = {"mse": (1.0, F.mse_loss(z_rec, z))}
     terms["cosine"] = (args.cosine_weight, 1 - F.cosine_similarity(z_rec, z, dim=-1).mean())
     a, b = (torch.fft.rfft(x.flatten(-3, -2), dim=-2).abs() for x in (z_rec, z))
@@ -313,7 +313,7 @@ def pixel_terms(
         a, b = (2 * x.flatten(0, -4).movedim(-1, 1) - 1 for x in (painted, frames))
         terms["lpips"] = (args.pixel_weight * args.lpips_weight, lpips(a, b).mean())
     if args.ms_ssim_weight:
-        similarity = ms_ssim(painted, frames, args.ms_ssim_scales).mean()
+        similarity = ms_ssim(painted, frames).mean()
         terms["ms_ssim"] = (args.pixel_weight * args.ms_ssim_weight, 1 - similarity)
     return terms
 
@@ -326,7 +326,7 @@ def balance(pixel_loss: Tensor, gan_loss: Tensor, last: nn.Parameter, parallel) 
     """Weigh the GAN so that both losses pull equally at the last layer [Esser 2021, sec. 3.2]."""
     grads = [torch.autograd.grad(x, last, retain_graph=True)[0] for x in (pixel_loss, gan_loss)]
     for grad in grads if parallel else []:
-        parallel.all_reduce(grad)
+        parallel.all_reduce(grad, op=parallel.ReduceOp.AVG)
     pixel, gan = (grad.norm() for grad in grads)
     return (pixel / (gan + 1e-4)).clamp(0, 1e4)
 
@@ -360,7 +360,7 @@ def fit_pca(clips: Iterable[tuple[Tensor, Tensor]], width: int, parallel) -> tup
 def paint(model: Autoencoder, encoder: nn.Module, u: Tensor, z_rec: Tensor) -> Tensor | None:
     """Return frames from the pixel decoder, else from the encoder's own decoder, else nothing."""
     if model.pixel_decoder is not None:
-        return model.pixel_decoder(u).float()
+        return model.pixel_decoder(u)
     return encoder.decode(z_rec) if encoder.has_decoder else None
 
 
@@ -373,8 +373,8 @@ def validate(model: Autoencoder, encoder: nn.Module, clips, pca, parallel) -> di
     """
     (mean, basis), totals = pca, {}
     for z, frames in clips:
-        u, z_pca = model.adapter.encode(z).float(), mean + (z - mean) @ basis @ basis.T
-        z_rec = model.adapter.decode(u).float()
+        u, z_pca = model.adapter.encode(z), mean + (z - mean) @ basis @ basis.T
+        z_rec = model.adapter.decode(u)
         values = {"clips": z.new_ones(1), "val_mse": (z_rec - z).square()}
         values["val_cosine"] = F.cosine_similarity(z_rec, z, dim=-1)
         values["pca_cosine"] = F.cosine_similarity(z_pca, z, dim=-1)
@@ -397,8 +397,8 @@ def write_picture(path: Path, model: Autoencoder, encoder: nn.Module, clips, pca
     The colours of the features are their first three principal components, the same in both.
     """
     z, frames = (torch.cat(x)[:, :1] for x in zip(*itertools.islice(clips, 4), strict=True))
-    u = model.adapter.encode(z).float()
-    z_rec = model.adapter.decode(u).float()
+    u = model.adapter.encode(z)
+    z_rec = model.adapter.decode(u)
     painted = paint(model, encoder, u, z_rec)
     colours = [(x - pca[0]) @ pca[1][:, :3] for x in (z, z_rec)]
     low, high = colours[0].amin((0, 1, 2, 3)), colours[0].amax((0, 1, 2, 3))
@@ -511,6 +511,8 @@ def main() -> None:
     encoder = create_autoencoder(
         EncoderConfig(args.encoder_type, args.encoder_weights, patch_size=args.pixel_patch)
     ).to(proc.device)
+    if args.num_frames % encoder.temporal_stride:
+        raise InputError(f"num_frames {args.num_frames}: {args.encoder_type} takes frames in pairs")
     use_lpips = args.use_pixel_decoder and args.lpips_weight > 0 and args.pixel_weight > 0
     lpips = load_lpips(proc.device) if use_lpips else None
 
@@ -543,7 +545,9 @@ def main() -> None:
 
     def look(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return features and frames, views folded: (B V, T, h, w, D), (B V, T, H, W, 3)."""
-        batch = {name: x.to(proc.device).flatten(0, 1) for name, x in batch.items()}
+        batch = {
+            name: x.to(proc.device, non_blocking=True).flatten(0, 1) for name, x in batch.items()
+        }
         frames = batch.get("frames")
         return batch["z"] if "z" in batch else encoder.encode(frames), frames
 
@@ -566,11 +570,7 @@ def main() -> None:
                 f"image_size is {args.image_size}; each number but the first doubles the side"
             )
         pixel_decoder = PixelDecoder(
-            dataclasses.replace(
-                args.pixel_decoder_config(),
-                latent_dim=adapter.latent_dim,
-                temporal_upsample=encoder.temporal_stride == 2,
-            )
+            args.pixel_decoder_config(adapter.latent_dim, encoder.temporal_stride == 2)
         )
     model = Autoencoder(adapter, pixel_decoder, args.stage == "psvae").to(proc.device)
     critic = Critic().to(proc.device) if use_gan else None
@@ -592,7 +592,7 @@ def main() -> None:
         critic = nn.SyncBatchNorm.convert_sync_batchnorm(critic) if parallel else critic
         judge = DistributedDataParallel(critic) if parallel else critic
         critic_optimizer = torch.optim.AdamW(
-            critic.parameters(), lr=args.critic_lr, betas=(0.0, 0.99), fused=True
+            critic.parameters(), lr=4e-5, betas=(0.0, 0.99), fused=True
         )
     autocast = torch.autocast(proc.device.type, torch.bfloat16, enabled=use_bf16)
     generator = torch.Generator(proc.device)
@@ -614,6 +614,8 @@ def main() -> None:
             )
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        for group, own in zip(optimizer.param_groups, groups, strict=True):
+            group.update({name: own[name] for name in ("scale", "weight_decay")})  # flags win
         step = state["step"]
         say(f"resumed {folder} at step {step}")
     elif (folder / "last.pt").exists() or (folder / "previous.pt").exists():
@@ -692,15 +694,13 @@ def main() -> None:
                     out = net(z, eps)
                 terms, painted = feature_terms(out, z, args, kl_weight), out[3]
                 if painted is not None:
-                    painted = painted.float()[:, : frames.shape[1]]
-                    paint_terms = pixel_terms(
-                        painted, frames, args, lpips if seen >= args.lpips_start else None
-                    )
-                    terms |= paint_terms
+                    judged = lpips if seen >= args.lpips_start else None
+                    of_pixels = pixel_terms(painted, frames, args, judged)
+                    terms |= of_pixels
                 if use_gan and seen >= args.gan_start:
                     critic.requires_grad_(False)
-                    gan, pixel = -critic.judge(painted).mean(), weigh(paint_terms)
-                    share = balance(pixel, gan, pixel_decoder.conv_out.weight, parallel)
+                    gan, last_layer = -critic.judge(painted).mean(), pixel_decoder.conv_out.weight
+                    share = balance(weigh(of_pixels), gan, last_layer, parallel)
                     terms["gan"] = (args.gan_weight * share, gan)
                 loss = weigh(terms)
                 (loss / args.grad_accum).backward()

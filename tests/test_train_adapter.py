@@ -31,7 +31,7 @@ TINY = (
     "--encoder_type pixels --pixel_patch 4 --adapter_latent_dim 6 --adapter_num_layers 1 "
     "--adapter_num_heads 4 --adapter_intermediate_size 32 --use_pixel_decoder true "
     "--decoder_channels 32 --decoder_multipliers 1,1,1 --decoder_blocks 1 --lpips_weight 0 "
-    "--ms_ssim_scales 2 --batch_size 4 --num_epochs 8 --lr 3e-3 --val_clips 2 --val_every 100 "
+    "--batch_size 4 --num_epochs 8 --lr 3e-3 --val_clips 2 --val_every 100 "
     "--save_every 100 --log_every 1 --device cpu"
 ).split()
 
@@ -317,7 +317,6 @@ def test_published_flags_parse(words, monkeypatch):
     [
         ({"batch_size": 0}, "batch_size"),
         ({"adapter": AdapterConfig("identity")}, "nothing to train"),
-        ({"image_size": 64}, "ms_ssim_scales 5"),
         ({"decoder_multipliers": "1,x"}, "decoder_multipliers"),
         ({"decoder_channels": 33}, "base_channels"),
     ],
@@ -409,7 +408,6 @@ def test_resuming_lists_changed_flags_and_refuses_what_must_not_change(train, ca
         "--kl_warmup 1",
         "--pixel_weight 2",
         "--ms_ssim_weight 0",
-        "--ms_ssim_scales 1",
         "--stage psvae",
         "--decoder_lr_scale 1",
         "--weight_decay 1",
