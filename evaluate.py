@@ -155,7 +155,7 @@ class Args:
 
 TOY = Args(subset_names="toy", num_episodes=64, num_frames=4, windows=16, num_workers=0)
 TOY.metrics = "psnr,ssim,pck_patch,controllability,idm,probe"
-TOY.population, TOY.elites, TOY.max_steps, TOY.probe_width = 64, 8, 300, 128
+TOY.population, TOY.elites, TOY.max_steps, TOY.probe_width = 64, 8, 500, 128
 
 
 class Unavailable(InputError):
@@ -395,7 +395,7 @@ def load_inception(metric: str, folder: str | Path, device) -> Callable[[Tensor]
 
 
 def pad_clip(clips: Tensor, frames: int = 16) -> Tensor:
-    """Repeat the last frame until clips (B, T, H, W, 3) have `frames` frames."""
+    """Repeat the last frame of clips (B, T, H, W, 3), context included, up to `frames` frames."""
     missing = max(0, frames - clips.shape[1])
     return torch.cat([clips, clips[:, -1:].expand(-1, missing, -1, -1, -1)], 1)
 
@@ -513,9 +513,7 @@ def load_cotracker(source: str | None, device) -> Callable[[Tensor, Tensor], tup
     """Open CoTracker3 through torch.hub (runs its code): `source` is 'hub' or a local clone."""
     url, local = WEIGHTS["pck"], source != "hub"
     if source is None or (local and not (Path(source) / "hubconf.py").is_file()):
-        there = (
-            f"{source} has no hubconf.py" if source else "name it with --cotracker (code is run)"
-        )
+        there = f"{source} has no hubconf.py" if source else "give --cotracker (its code is run)"
         raise Unavailable(f"pck needs a clone of CoTracker: {there}", url, source or "co-tracker")
     place = (source, "local") if local else ("facebookresearch/co-tracker", "github")
     try:
@@ -787,16 +785,11 @@ def draw_curves(path: Path, panels: dict[str, dict[str, list]]) -> None:
 def draw_tables(path: Path, tables: list[list[list[str]]]) -> None:
     """Write tables of Markdown cells (** is bold) as a PNG; the first row of each is its head."""
     font, y = ImageFont.load_default(16), 16
-    widths = [
-        [
-            max(28 + int(font.getlength(cell.strip("*"))) for cell in column)
-            for column in zip(*t, strict=True)
-        ]
-        for t in tables
-    ]
-    image = Image.new(
-        "RGB", (16 + max(map(sum, widths)), 32 * sum(len(t) + 1 for t in tables)), "white"
-    )
+    columns = [list(zip(*table, strict=True)) for table in tables]
+    sizes = [[[font.getlength(c.strip("*")) for c in column] for column in t] for t in columns]
+    widths = [[28 + int(max(column)) for column in t] for t in sizes]
+    area = 16 + max(map(sum, widths)), 32 * sum(len(table) + 1 for table in tables)
+    image = Image.new("RGB", area, "white")
     draw = ImageDraw.Draw(image)
     for table, columns in zip(tables, widths, strict=True):
         for i, row in enumerate(table):
@@ -821,9 +814,7 @@ def open_model(args: Args, device) -> WorldModel:
     encoder = {"encoder_weights": args.encoder_weights, "decoder_weights": args.decoder_weights}
     if args.model_preset is None:
         if args.checkpoint_path is None:
-            raise InputError(
-                "nothing to measure: give --checkpoint_path, --model_preset, --compare"
-            )
+            raise InputError("give --checkpoint_path, --model_preset or --compare")
         return WorldModel(args.checkpoint_path, device, **encoder, **sampler)
     size, _, name = args.model_preset.removeprefix("DiT-").partition("_")
     if size not in ("S", "B", "L") or name not in PRESETS:
@@ -913,16 +904,23 @@ class Evaluation:
         free = "metrics compare strict output_dir batch_size num_workers device dataset_dir policy "
         free += "weights_dir i3d_path cotracker text_weights encoder_weights decoder_weights"
         settings = {k: v for k, v in vars(self.args).items() if k not in free.split()}
-        digest = hashlib.sha256(json.dumps(clips).encode()).hexdigest()[:16]
-        versions = {"numpy": np.__version__, "torch": torch.__version__}
-        self.results = plain({"settings": settings, "clips": digest, "versions": versions})
+        weights = hashlib.sha256(self.space.fingerprint.encode())
+        for tensor in self.model.dit.state_dict().values():
+            weights.update(tensor.cpu().numpy().tobytes())
+        self.results = {
+            "settings": plain(settings),
+            "weights": weights.hexdigest()[:16],
+            "clips": hashlib.sha256(json.dumps(clips).encode()).hexdigest()[:16],
+            "versions": {"numpy": np.__version__, "torch": torch.__version__},
+        }
         path = self.folder / "results.json"
         old = json.loads(path.read_text()) if path.is_file() else self.results
-        if any(old[key] != self.results[key] for key in ("settings", "clips")):
-            changed = [k for k, v in settings.items() if plain(v) != old["settings"].get(k)]
+        changed = [k for k in ("weights", "clips") if old.get(k) != self.results[k]]
+        changed += [k for k, v in plain(settings).items() if v != old["settings"].get(k)]
+        if changed:
             raise InputError(
-                f"{path}: was measured with other {', '.join(changed) or 'clips'}; give another "
-                "--output_dir, or remove the file"
+                f"{path}: was measured with other {', '.join(changed)}; give another --output_dir, "
+                "or remove the file"
             )
         self.results = {"finished": [], "metrics": {}} | old
         self.gather(None)  # nobody writes before everybody has read
@@ -1034,6 +1032,8 @@ class Evaluation:
         if name in ("fvd", "fvd_r3d"):
             return load_i3d(args.i3d_path, *folder) if name == "fvd" else load_r3d(*folder)
         if name == "t_lpips":
+            if self.config.image_size % 8 or self.config.image_size < 128:
+                raise Unavailable("t_lpips: RAFT needs frames of 128 pixels or more, in eights")
             change = load_t_lpips(*folder)
             return lambda real, video: {name: change(real[:, n - 1 :], video[:, n - 1 :])}
         if name in ("pck", "pck_patch"):
@@ -1190,7 +1190,8 @@ class Evaluation:
         *_, h, w, C = self.native(held[0].frames.to(self.device)).shape
         torch.manual_seed(args.seed)
         net = InverseDynamics(C, h * w, k, args.probe_width).to(self.device)
-        fit(net, loss_of, score, args.max_steps, 3e-4, f"idm k={k}")
+        lr = 0.15 / args.probe_width  # 3e-4 at the paper's width
+        fit(net, loss_of, score, args.max_steps, lr, f"idm k={k}")
         return net
 
     # -- semantics
@@ -1237,9 +1238,7 @@ class Evaluation:
         words = np.array([info["language"] for info in infos])
         held, learn = np.arange(0, len(x), 5), np.flatnonzero(np.arange(len(x)) % 5)
         if not all(0 < label[part].sum() < len(part) for part in (held, learn)):
-            raise Unavailable(
-                "success probes: too few labelled training episodes to hold some back"
-            )
+            raise Unavailable("success probes: too few labelled training episodes")
         steps = min(args.max_steps, PROBE_EPOCHS * math.ceil(len(learn) / 32))
         random = np.random.default_rng(args.seed)
 
@@ -1377,9 +1376,8 @@ class Evaluation:
         for name, row in rows.items():
             if row["value"] is None:
                 print(f"{name:32} null: {row.get('reason') or 'no clip has a value'}")
-                print(
-                    f"{'':32} fetch {row['url']}\n{'':32} to {row['path']}" * bool(row.get("url"))
-                )
+                if row.get("url"):
+                    print(f"{'':32} fetch {row['url']}\n{'':32} to {row['path']}")
                 continue
             interval = "[{}, {}]".format(*map(show, row["ci"])) if row["ci"] else ""
             beside = [f"{kind} {show(x)}" for kind, x in row.get("beside", {}).items()]
@@ -1436,12 +1434,12 @@ def compare(args: Args) -> None:
     if not others or any(run["clips"] != first["clips"] for run in others):
         raise InputError("--compare needs two or more runs measured on the same clips and seed")
     for axis, pattern in AXES.items():
-        names = [name for name in first["metrics"] if re.fullmatch(pattern, name)]
-        everywhere = [
-            {m for m, row in r["metrics"].items() if row["value"] is not None}
-            for r in runs.values()
+        found = [
+            {m for m, row in run["metrics"].items() if row["value"] is not None}
+            for run in runs.values()
         ]
-        names = [name for name in names if all(name in some for some in everywhere)]
+        names = [name for name in first["metrics"] if name in set.intersection(*found)]
+        names = [name for name in names if re.fullmatch(pattern, name)]
         if not names:
             continue
         rows = {name: [run["metrics"][m] for m in names] for name, run in runs.items()}
@@ -1452,12 +1450,10 @@ def compare(args: Args) -> None:
         arrows = [f"{m} {'up' if up else 'down'}" for m, up in zip(names, higher, strict=True)]
         table, gaps = [[axis, *arrows, "Borda"]], [[f"minus {args.compare[0]}", *names]]
         for name, rank in zip(rows, ranks, strict=True):
-            cells = [row["value"] for row in rows[name]]
-            marks = [
-                "**" * (v == b) for v, b in zip([*cells, rank], [*best, min(ranks)], strict=True)
-            ]
-            texts = [*map(show, cells), f"{rank:g}"]
-            table.append([name, *(m + t + m for m, t in zip(marks, texts, strict=True))])
+            cells = zip(
+                [*(row["value"] for row in rows[name]), rank], [*best, min(ranks)], strict=True
+            )
+            table.append([name, *(f"**{show(x)}**" if x == top else show(x) for x, top in cells)])
             pairs = zip(rows[name], rows[args.compare[0]], strict=True)
             gaps.append([name, *(paired(row, other) for row, other in pairs)])
         del gaps[1]  # the first run minus itself

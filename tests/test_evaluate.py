@@ -593,11 +593,64 @@ def test_gradient_and_grid_search_report_their_errors_and_limits(measure_world):
     assert rows["grid_k4"]["value"] is None and "candidates" in rows["grid_k4"]["reason"]
 
 
-def test_inverse_dynamics_reads_actions_off_real_and_dreamed_futures(measure_world):
-    flags = {"max_steps": 250, "probe_width": 64, "horizons": "1"}
-    row = measure_world(metrics="idm", **flags)["metrics"]["idm_r_k1"]
-    assert row["beside"]["real"] > 0.5 and row["value"] > 0.5 and row["ci"][0] < row["value"]
-    assert len(row["per_dim"]["r2"]) == 6
+class PerfectReader:
+    """Reads the seven actions off the difference of two frames of the linear world."""
+
+    def __call__(self, z):
+        inverse = torch.linalg.pinv(LinearWorld().moves.flatten(1).double().T)
+        moved = (z[:, 1:] - z[:, :-1]).flatten(2).double()
+        return (moved @ inverse.T).float()[..., :7]
+
+
+def test_inverse_dynamics_reads_each_window_of_real_and_dreamed_futures(
+    measure_world, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(evaluate.Evaluation, "fit_idm", lambda self, k: PerfectReader())
+    rows = measure_world(metrics="idm", horizons="1,2")["metrics"]
+    for name in ("idm_r_k1", "idm_r_k2"):
+        row = rows[name]
+        assert row["value"] > 0.98 and row["beside"]["real"] > 0.98  # JPEG noise
+        assert row["ci"][0] <= row["value"] and min(row["per_dim"]["r2"]) > 0.9
+        counts = np.array(row["samples"])[:, :, 0]
+        assert counts.shape == (12, 6) and (counts == 4).all()  # four predicted frames
+    deaf = measure_world(deaf=True, metrics="idm", output_dir=str(tmp_path / "deaf"), horizons="1")
+    row = deaf["metrics"]["idm_r_k1"]
+    assert abs(row["value"]) < 0.3 and row["beside"]["real"] > 0.98
+
+
+def test_inverse_dynamics_learns_actions_and_holds_episodes_back(measure_world, monkeypatch):
+    seen = {}
+
+    def fit(net, loss_of, score, steps, lr, name):
+        optimizer = torch.optim.AdamW(net.parameters(), lr)
+        for _ in range(steps):
+            with torch.enable_grad():
+                loss = loss_of(net)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        seen.update(net=net.eval().requires_grad_(False), score=score(net), loss=loss.item())
+
+    monkeypatch.setattr(evaluate, "fit", fit)
+    opened = []
+    read = data.EpisodeDataset.__getitem__
+    monkeypatch.setattr(
+        data.EpisodeDataset, "__getitem__", lambda d, k: opened.append((d.split, k)) or read(d, k)
+    )
+    measure_world(metrics="idm", horizons="2", max_steps=2, probe_width=32)
+    trained = {k[1] for split, k in opened if split == "train" and isinstance(k, tuple)}
+    held = {k for split, k in opened if split == "train" and not isinstance(k, tuple)}
+    assert held == {0, 10, 20} and len(trained) > 15 and not trained & held
+    assert seen["net"](torch.randn(3, 3, 4, 4, 48)).shape == (3, 2, 7) and seen["score"] < 0
+
+
+def test_inverse_dynamics_sees_order_and_place_of_what_it_reads():
+    net = evaluate.InverseDynamics(8, 4, 2, 32).eval()
+    z = torch.randn(1, 3, 2, 2, 8)
+    out = net(z)
+    assert out.shape == (1, 2, 7) and not torch.allclose(out[:, 0], out[:, 1])
+    assert not torch.allclose(out, net(z.flip(1))) and not torch.allclose(out, net(z.flip(2)))
+    assert torch.allclose(out, net(3 * z), atol=1e-5)  # features are RMS-normalised
 
 
 def test_success_probes_tell_bright_episodes_real_and_dreamed(measure_world):
@@ -665,8 +718,10 @@ def test_a_second_run_measures_only_what_is_missing(measure_world, monkeypatch):
     second = measure_world(metrics="psnr,ssim,lpips")
     assert second["finished"] == ["psnr", "ssim"]
     assert second["metrics"]["psnr"] == first["metrics"]["psnr"]
-    with pytest.raises(evaluate.InputError, match="measured with other seed"):
+    with pytest.raises(evaluate.InputError, match="measured with other clips, seed"):
         measure_world(metrics="psnr", seed=1)
+    with pytest.raises(evaluate.InputError, match="measured with other weights"):
+        measure_world(deaf=True, metrics="psnr")
 
 
 def measure_in_process(rank, world, folder):
