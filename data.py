@@ -302,7 +302,9 @@ def encode_frame(image: bytes | np.ndarray, size: int | None, where: str) -> byt
     if isinstance(image, bytes) and fits and (opened.format, opened.mode) == ("JPEG", "RGB"):
         return image
     buffer = io.BytesIO()
-    Image.fromarray(decode_frame(image, size, where)).save(buffer, "JPEG", quality=95, subsampling=0)
+    Image.fromarray(decode_frame(image, size, where)).save(
+        buffer, "JPEG", quality=95, subsampling=0
+    )
     return buffer.getvalue()
 
 
