@@ -228,16 +228,18 @@ def validate(dit, objective, space, clips, args, proc) -> dict[str, float]:
 
     model     rollout with the recorded actions      copy     the last history frame, repeated
     shuffled  rollout with another clip's actions    ceiling  encode-decode of the true frames
+              (a lone clip's own, reversed in time)
     ->        means over clips and future frames: PSNR in dB; without a decoder, squared errors of
               latents, named so. Every process measures its share; all get the same averages.
     """
     frames, actions = clips
     n, now = args.num_history, args.num_history // space.temporal_stride
+    swapped = actions.roll(-1, 0) if len(actions) > 1 else actions.flip(1)
     names = ["model", "shuffled", "copy", *(["ceiling"] if space.has_decoder else [])]
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)
     for i in torch.arange(proc.rank, len(frames), proc.world).split(8):
         real, beside = frames[i].to(proc.device), actions[i].to(proc.device)
-        other = actions[(i + 1) % len(frames)].to(proc.device)
+        other = swapped[i].to(proc.device)
         z, model = dream(dit, objective, space, real, beside, args, args.seed + i)
         _, shuffled = dream(dit, objective, space, real, other, args, args.seed + i)
         copied = z[:, now - 1 : now].expand_as(z[:, now:])
