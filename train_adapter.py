@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import resource
 import signal
@@ -102,6 +103,9 @@ class Args:
     decoder_multipliers: str = "1,1,2,4,8"  # widths of its levels, outermost first
     decoder_blocks: int = 2  # residual blocks a level
     decoder_attention: str = "16"  # levels with attention, by size on 256x256 frames
+    decoder_crop: int | None = (
+        None  # paint only a random window of so many cells a side in training
+    )
     # -- loss
     stage: Literal["svae", "psvae"] = "svae"  # psvae: the pixel loss reaches the adapter
     cosine_weight: float = 1.0  # 1 - cosine similarity of a feature and its reconstruction
@@ -138,10 +142,12 @@ class Args:
     save_every: int = 1000  # steps between checkpoints
 
     def __post_init__(self):
-        counts = "batch_size grad_accum num_epochs log_every val_every val_clips save_every"
+        counts = (
+            "batch_size grad_accum num_epochs log_every val_every val_clips save_every decoder_crop"
+        )
         for name in counts.split():
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
         if self.adapter.adapter_type == "identity" and not self.use_pixel_decoder:
             raise InputError("an identity adapter has nothing to train; add use_pixel_decoder")
         self.pixel_decoder_config(self.adapter.adapter_latent_dim)
@@ -283,11 +289,13 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.adapter, self.pixel_decoder, self.joint = adapter, pixel_decoder, joint
 
-    def forward(self, z: Tensor, eps: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(self, z: Tensor, eps: Tensor, window: tuple | None = None) -> tuple:
+        """Return z', mean, logvar (if any) and, painted from a window (rows, columns) of u, frames."""
         mean, logvar = (x if x is None else x.float() for x in self.adapter.posterior(z))
         u = self.adapter.refine(mean if logvar is None else mean + torch.exp(0.5 * logvar) * eps)
         z_rec, painted = self.adapter.decode(u).float(), None
         if self.pixel_decoder is not None:
+            u = u if window is None else u[..., window[0], window[1], :]
             painted = self.pixel_decoder(u if self.joint else u.detach()).float()
         return z_rec, mean, logvar, painted
 
@@ -316,6 +324,14 @@ def pixel_terms(
         similarity = ms_ssim(painted, frames).mean()
         terms["ms_ssim"] = (args.pixel_weight * args.ms_ssim_weight, 1 - similarity)
     return terms
+
+
+def cut(frames: Tensor, grid: tuple[int, int], cells: int, seed: int) -> tuple[Tensor, tuple]:
+    """Cut a random window of latent cells out of frames: (frames, (rows, columns) of the grid)."""
+    rng, p = random.Random(seed), frames.shape[-2] // grid[1]
+    starts = [rng.randrange(max(1, n - cells + 1)) for n in grid]
+    rows, columns = (slice(p * n, p * (n + cells)) for n in starts)
+    return frames[..., rows, columns, :], tuple(slice(n, n + cells) for n in starts)
 
 
 def weigh(terms: dict[str, tuple]) -> Tensor:
@@ -688,10 +704,13 @@ def main() -> None:
             generator.manual_seed(args.seed + 1_000_003 * step)
             shape = (*z.shape[:-1], adapter.latent_dim)
             eps = draw(torch.randn, shape, z, generator, shard)
+            window = None
+            if args.decoder_crop and pixel_decoder is not None:
+                frames, window = cut(frames, z.shape[-3:-1], args.decoder_crop, args.seed + step)
             wait = parallel and micro + 1 < args.grad_accum
             with net.no_sync() if wait else contextlib.nullcontext():
                 with autocast:
-                    out = net(z, eps)
+                    out = net(z, eps, window)
                 terms, painted = feature_terms(out, z, args, kl_weight), out[3]
                 if painted is not None:
                     judged = lpips if seen >= args.lpips_start else None

@@ -225,6 +225,27 @@ def test_decoder_paints_from_the_draw_and_decode_too():
     torch.testing.assert_close(mean[3], model.pixel_decoder(u))
 
 
+def test_a_window_paints_what_stands_there():
+    """Convolutions alone would agree inside; norms and attention look further, so compare places."""
+    model, z = autoencoder(True), torch.randn(1, 1, 6, 6, 48)
+    model.pixel_decoder.forward = lambda u: u.repeat_interleave(2, -3).repeat_interleave(2, -2)
+    eps = torch.randn(1, 1, 6, 6, 6)
+    whole, part = model(z, eps), model(z, eps, (slice(1, 4), slice(2, 5)))
+    assert torch.equal(part[3], whole[3][..., 2:8, 4:10, :])
+    assert torch.equal(part[0], whole[0])
+
+
+def test_windows_cut_the_same_place_from_frames_and_grid_and_reach_everywhere():
+    frames, seen = torch.arange(12 * 12).view(1, 1, 12, 12, 1).expand(1, 1, 12, 12, 3), set()
+    for seed in range(60):
+        part, (rows, columns) = train_adapter.cut(frames, (6, 6), 4, seed)
+        assert part.shape == (1, 1, 8, 8, 3)
+        assert part[0, 0, 0, 0, 0] == 12 * 2 * rows.start + 2 * columns.start
+        seen.add((rows.start, columns.start))
+    assert len(seen) == 9
+    assert torch.equal(train_adapter.cut(frames, (6, 6), 8, 0)[0], frames)
+
+
 def test_critic_has_the_published_size_and_judges_patches():
     critic = Critic()
     assert round(sum(p.numel() for p in critic.parameters()) / 1e6, 2) == 0.66
@@ -418,6 +439,7 @@ def test_resuming_lists_changed_flags_and_refuses_what_must_not_change(train, ca
         "--bf16 true",
         "--adapter_type mlp",
         "--decoder_attention 32",
+        "--decoder_crop 4",
         "--stride 2",
     ],
 )
@@ -538,6 +560,7 @@ def finish(processes):
 def test_two_processes_with_half_the_batch_equal_one(tiny, tmp_path):
     """Adapter, decoder, accumulation and posterior draws; sums differ in their order only."""
     flags = ["--num_epochs", "20", "--max_steps", "20", "--lr", "3e-4", "--stage", "psvae"]
+    flags += ["--decoder_crop", "4"]
     one = launch(tmp_path / "one", tiny, *flags, "--batch_size", "8")
     two = launch(tmp_path / "two", tiny, *flags, "--batch_size", "2", "--grad_accum", "2", world=2)
     finish(one), finish(two)
