@@ -2,16 +2,14 @@
 
     noise -> loss;    one denoising step -> one frame -> rollout
 
-Flow matching (Lipman et al. 2023; shifted times: Esser et al. 2024, sec. 5.3.2):
+    flow matching  z_tau = (1 - tau) z + tau eps             v = dz/dtau = eps - z
+    DDPM           z_k = sqrt(a_k) z + sqrt(1 - a_k) eps     v = sqrt(a_k) eps - sqrt(1 - a_k) z
 
-    z_tau = (1 - tau) z + tau eps,            v = dz/dtau = eps - z
+Flow matching: Lipman et al. 2023; shifted times: Esser et al. 2024, sec. 5.3.2. DDPM: Ho et al.
+2020; v-prediction: Salimans & Ho 2022; DDIM steps: Song et al. 2021.
 
-DDPM (Ho et al. 2020) with v-prediction (Salimans & Ho 2022) and DDIM steps (Song et al. 2021):
-
-    z_k = sqrt(a_k) z + sqrt(1 - a_k) eps,    v = sqrt(a_k) eps - sqrt(1 - a_k) z
-
-Every frame has its own noise level. A rollout denoises one frame at a time behind the known frames
-of its window. Noise levels, targets and steps are float32 even under autocast.
+Every frame has its own noise level; a rollout denoises one frame at a time behind the known ones.
+Noise levels, targets and steps are float32 even under autocast.
 
 Shapes: B batch, T frames, h w latent grid, C latent channels, A action width.
     z, eps, z_tau, v  (B, T, h, w, C)   clean latents, unit Gaussian, noised latents, velocity
@@ -37,10 +35,7 @@ DDPM_LEVELS, DDPM_CONTEXT_LEVEL = 1000, 14
 
 
 def time_shift(tokens: int, channels: int, minimum: float = 1.0) -> float:
-    """Give the shift g = sqrt(tokens * channels / 4096), but at least `minimum`.
-
-    tokens  latent tokens a frame, after the DiT's patching
-    """
+    """Give g = max(sqrt(tokens * channels / 4096), minimum); tokens a frame, after patching."""
     return max((tokens * channels / 4096) ** 0.5, minimum)
 
 
@@ -60,27 +55,20 @@ def interpolate(z: Tensor, eps: Tensor, tau: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # training may meet a table that a rollout made
 def alphas_cumprod(device: str | torch.device = "cpu") -> Tensor:
-    """Give a_k, k < 1000, of the sigmoid schedule (start -3, end 3, tau 1)  [arXiv 2212.11972].
-
-    Computed in float64, betas clipped at 0.999, returned in float32.
-    """
-    with torch.inference_mode(False):  # training may meet a table that a rollout made
-        s = torch.linspace(-3, 3, DDPM_LEVELS + 1, dtype=torch.float64).sigmoid()
-        a = (s[-1] - s) / (s[-1] - s[0])
-        betas = (1 - a[1:] / a[:-1]).clamp(0, 0.999)
-        return (1 - betas).cumprod(0).float().to(device)
+    """Give a_k, k < 1000: sigmoid schedule, start -3, end 3, betas <= 0.999 [arXiv 2212.11972]."""
+    s = torch.linspace(-3, 3, DDPM_LEVELS + 1, dtype=torch.float64).sigmoid()
+    a = (s[-1] - s) / (s[-1] - s[0])
+    betas = (1 - a[1:] / a[:-1]).clamp(0, 0.999)
+    return (1 - betas).cumprod(0).float().to(device)
 
 
-def draw(
-    kind: Callable, shape: tuple[int, ...], like: Tensor, generator=None, shard=(0, 1)
-) -> Tensor:
+def draw(kind: Callable, shape, like: Tensor, generator=None, shard=(0, 1)) -> Tensor:
     """Draw for the global batch and take this process's slice, so that N processes equal one.
 
-    kind   torch.randn or torch.rand, in float32 on the generator's device
-    shape  of this process's share; its first axis is the batch
-    like   gives the device of the result
-    shard  (index, count) of this process
+    kind is torch.randn or torch.rand, shape that of this process's share, batch first, and shard
+    its (index, count). Draws are float32, made on the generator's device and moved to `like`'s.
     """
     (index, count), B = shard, shape[0]
     device = like.device if generator is None else generator.device
@@ -121,10 +109,8 @@ class Objective:
     steps: int = 10  # denoising steps a frame
 
     def __post_init__(self):
-        if not self.shift > 0:
-            raise InputError(f"shift is {self.shift}; choose a number above 0")
-        if self.steps < 1:
-            raise InputError(f"steps is {self.steps}; choose at least 1")
+        if not (self.shift > 0 and self.steps >= 1):
+            raise InputError(f"shift {self.shift} and steps {self.steps} must be above 0")
 
     def to_dict(self) -> dict:
         """Give what `objective_from` reads."""
@@ -132,24 +118,15 @@ class Objective:
         return {"name": name, **dataclasses.asdict(self)}
 
     def loss(
-        self,
-        model: Callable,
-        z: Tensor,
-        actions: Tensor,
-        num_history: int,
-        generator: torch.Generator | None = None,
-        shard: tuple[int, int] = (0, 1),
+        self, model: Callable, z: Tensor, actions: Tensor, num_history, generator=None, shard=(0, 1)
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Give the mean squared error of v, and detached logs.
 
-        num_history       first frames that are known: 0 to T - 1
-        generator, shard  draws are made for the global batch, see `draw`
+        num_history frames, 0 to T - 1, are known; draws are for the global batch, see `draw`.
         """
-        if z.ndim != 5 or actions.ndim != 3 or actions.shape[:2] != z.shape[:2]:
-            raise InputError(
-                f"loss got latents {tuple(z.shape)} and actions {tuple(actions.shape)}; "
-                "give (B, T, h, w, C) and (B, T, A)"
-            )
+        if z.ndim != 5 or actions.shape[:-1] != z.shape[:2]:
+            shapes = f"latents {tuple(z.shape)} and actions {tuple(actions.shape)}"
+            raise InputError(f"loss got {shapes}; give (B, T, h, w, C) and (B, T, A)")
         if not 0 <= num_history < z.shape[1]:
             raise InputError(f"num_history is {num_history} of {z.shape[1]} frames; choose fewer")
         z = z.float()
@@ -222,8 +199,8 @@ class Objective:
     ) -> Tensor:
         """Dream num_frames frames after z_context, one at a time.
 
-        The window is `model.config.max_frames`; a callable without config sees all frames, one
-        without cache methods is run on the whole window at every step.
+        The window is `model.config.max_frames`; a callable without config sees all frames.
+        A callable without cache methods is run on the whole window at every step.
 
         z_context  (B, n, h, w, C)           known frames, returned unchanged in front
         actions    (B, n + num_frames, A)
@@ -238,30 +215,27 @@ class Objective:
         if noise is None:
             noise = draw(torch.randn, (B, num_frames, *cell), z_context, generator)
         if actions.shape[:2] != (B, total) or noise.shape != (B, num_frames, *cell):
-            raise InputError(
-                f"rollout of {B} x ({n} + {num_frames}) frames got actions {tuple(actions.shape)} "
-                f"and noise {tuple(noise.shape)}; give one action beside every frame, and noise "
-                "like the new frames"
-            )
+            got = f"actions {tuple(actions.shape)} and noise {tuple(noise.shape)}"
+            needed = f"actions ({B}, {total}, A) and noise {(B, num_frames, *cell)}"
+            raise InputError(f"rollout of {num_frames} frames got {got}; give {needed}")
         if context not in ("exact", "rolling"):
             raise InputError(f"context is {context!r}; choose exact or rolling")
         window = model.config.max_frames if hasattr(model, "config") else total
         cached, cache = hasattr(model, "encode_context"), None
         z = torch.cat((z_context.float(), noise.float()), 1)
         for t in range(n, total):
-            new, known = slice(t, t + 1), slice(max(0, t + 1 - window), t)
+            eps, first = z[:, t : t + 1], max(0, t + 1 - window)
+            known, beside = z[:, first:t], actions[:, first : t + 1]
             if not cached:
-                beside = actions[:, known.start : t + 1]
-                z[:, new] = self.next_frame_uncached(
-                    model, z[:, known], beside, z[:, new], guidance
-                )
-                continue
-            full = cache and cache.frames == window - 1
-            if cache is None or (full and context == "exact"):
-                cache = self.encode_context(model, z[:, known], actions[:, known], guidance, cache)
+                new = self.next_frame_uncached(model, known, beside, eps, guidance)
             else:
-                self.append(model, cache, z[:, t - 1 : t], actions[:, t - 1], guidance)
-            z[:, new] = self.next_frame(model, cache, actions[:, t], z[:, new], guidance)
+                full = cache and cache.frames == window - 1
+                if cache is None or (full and context == "exact"):
+                    cache = self.encode_context(model, known, beside[:, :-1], guidance, cache)
+                else:
+                    self.append(model, cache, z[:, t - 1 : t], actions[:, t - 1], guidance)
+                new = self.next_frame(model, cache, actions[:, t], eps, guidance)
+            z[:, t : t + 1] = new
         return z
 
 
@@ -280,23 +254,14 @@ class FlowMatching(Objective):
             raise InputError(f"time_dist is {self.time_dist!r}; choose logit_normal or uniform")
 
     def noised(self, z: Tensor, num_history: int, draw: Callable):
-        """Noise future frames; history is said to be clean (tau 0) but perturbed all the same:
-
-        (z + s n) / sqrt(1 + s^2),  s ~ 0.3 N(0, 1) per frame.
-        """
-        logit_normal = self.time_dist == "logit_normal"
-        tau = (
-            draw(torch.randn, z.shape[:2]).sigmoid()
-            if logit_normal
-            else draw(torch.rand, z.shape[:2])
-        )
-        tau = shift_tau(tau, self.shift)
+        """Noise future frames; perturb history (tau 0): (z + s n) / sqrt(1 + s^2), s ~ 0.3 N."""
+        uniform = self.time_dist == "uniform"
+        tau = draw(torch.rand if uniform else torch.randn, z.shape[:2])
+        tau = shift_tau(tau if uniform else tau.sigmoid(), self.shift)
         tau[:, :num_history] = 0
-        eps, s = draw(torch.randn, z.shape), HISTORY_NOISE * draw(torch.randn, z.shape[:2])
-        perturbed = (z + per_frame(s) * eps) / (1 + per_frame(s) ** 2).sqrt()
-        z_tau = torch.cat(
-            (perturbed[:, :num_history], interpolate(z, eps, tau)[:, num_history:]), 1
-        )
+        eps, s = draw(torch.randn, z.shape), per_frame(HISTORY_NOISE * draw(torch.randn, tau.shape))
+        z_tau, perturbed = interpolate(z, eps, tau), (z + s * eps) / (1 + s**2).sqrt()
+        z_tau[:, :num_history] = perturbed[:, :num_history]
         return z_tau, tau, eps - z, num_history
 
     def levels(self) -> list[float]:
