@@ -83,8 +83,8 @@ class EncoderConfig:
         if self.patch_size < 1 or (self.image_size is not None and self.image_size < 1):
             raise ValueError("patch_size and image_size must be positive")
         owners = {"decoder_weights": DECODERS, "standardize": STATISTICS, "sd3_shift": ["vae"]}
-        owners |= {"qwen_mode": ["qwen"], "patch_size": ["pixels"], "weights": [*RELEASES][1:]}
-        for name, types in (owners | {"final_norm": ["scale_rae_siglip"]}).items():
+        owners |= {"qwen_mode": ["qwen"], "final_norm": ["scale_rae_siglip"]}
+        for name, types in (owners | {"weights": [*RELEASES][1:]}).items():
             if self.encoder_type not in types and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"{name} is an option of {', '.join(types)} only")
 
@@ -683,6 +683,8 @@ def load(cls: type, name: str) -> Network:
     if path.suffix == ".json":
         table = read_json(path, "weight_map")
         shards = sorted({str(table[key]) for key in table if key.startswith(cls.keep)})
+        if not all(re.fullmatch(r"\w[\w.-]*", shard) for shard in shards):
+            raise InputError(f"{path}: weight_map holds more than names of files; fetch it again")
     for shard in shards:
         state |= read_tensors(beside(path, name, shard), cls.keep, cls.strip, cls.containers)
     if cls.needs_config[not Path(name).expanduser().exists()]:
@@ -727,7 +729,7 @@ class BaseAutoencoder(nn.Module):
         if config.decoder_weights:
             self.decoder = load_decoder(config, network.dim)
         elif kind in DECODERS:  # the release's, fetched when it is needed
-            self.has_decoder = f"{kind} 16x16x{network.dim} " in TABLE
+            self.has_decoder = f"{kind} 16x16x{network.dim} " in " ".join(TABLE.split())
         stats = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)  # mean, std of the latents
         if kind == "vae":  # z = (mean - shift) scale
             stats[0] = network.number("shift_factor", 0.0609) * config.sd3_shift
@@ -745,10 +747,7 @@ class BaseAutoencoder(nn.Module):
             bits = value.view(torch.int32).sum(dtype=torch.int64).item()  # exact in any order
             facts += [name, tuple(value.shape), bits]
         self.fingerprint = f"{kind}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
-
-    def train(self, mode: bool = True):
-        """Stay in evaluation mode: a frozen network has no other."""
-        return super().train(False)
+        self.eval()  # there is nothing to train: not one parameter, and no layer with two modes
 
     def run(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply a network in chunks and in its own dtype, whatever the caller's autocast says."""
@@ -793,7 +792,7 @@ class BaseAutoencoder(nn.Module):
         ->      (B, T', h, w, C)   float32, T' = ceil(T / temporal_stride)
         Raises InputError for another layout, range or size.
         """
-        self.check_frames(frames)
+        self.check_frames(frames := torch.as_tensor(frames))
         if missing := -frames.shape[-4] % self.temporal_stride:  # repeat the last frame
             frames = torch.cat([frames, *[frames[..., -1:, :, :, :]] * missing], dim=-4)
         z = self.run(self.features, frames.flatten(0, -4))
@@ -844,13 +843,14 @@ def main() -> None:
     if args.image is None:
         for row in TABLE.splitlines():
             kind, name, found = row.split()[0], row.split()[-1], "yes"
+            decoder = "yes" if "+" in row[:45] else "no"
             try:
                 find(name, *NETWORKS[kind].files, download=False)
             except MissingFileError:
                 found = "yes" if kind == "pixels" else "no"
-            except KeyError:
-                found = "found"  # the head of the table
-            print(f"{row[:44]}{found:6}{row[44:]}")
+            except KeyError:  # the head of the table
+                decoder, found = "decoder", "found"
+            print(f"{row[:45]}{decoder:8}{found:6}{row[45:]}")
         return
     encoder, file = create_autoencoder(args), Path(args.image)
     if not file.is_file():
@@ -867,7 +867,9 @@ def main() -> None:
         tile = Image.fromarray(data.to_uint8(picture)).resize((256, 256), Image.Resampling.NEAREST)
         sheet.paste(tile, (256 * i, 0))
     data.write_atomic(args.output, lambda path: sheet.save(path, "PNG"))
-    print(f"{args.output}: input, {'reconstruction, ' * encoder.has_decoder}latents {z.shape[1:]}")
+    print(
+        f"{args.output}: input, {'reconstruction, ' * encoder.has_decoder}latents {tuple(z.shape[1:])}"
+    )
 
 
 if __name__ == "__main__":

@@ -379,6 +379,19 @@ def resized(frames, side, mean_std=IMAGENET, clamp=False):
     return ((x.clamp(0, 1) if clamp else x) - mean_std[0]) / mean_std[1]
 
 
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """No network and empty caches; the working directory is an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+    def fail(*args, local_files_only=False, **kwargs):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+
+
 # ------------------------------------------------------------------------------------------------
 # The contract
 
@@ -437,7 +450,6 @@ def test_leading_axes_are_kept_and_chunks_change_nothing(tmp_path):
 def test_encoders_are_frozen_and_leave_no_graph(tmp_path):
     vavae(tmp_path / "vavae.pt")
     encoder = create_autoencoder(EncoderConfig("vavae", weights=str(tmp_path / "vavae.pt")))
-    encoder.train()
     assert not encoder.training and not list(encoder.parameters())
     z = encoder.encode(torch.rand(1, 1, 8, 8, 3))
     assert not z.requires_grad and not encoder.decode(z.requires_grad_()).requires_grad
@@ -491,7 +503,6 @@ def test_options_of_other_encoders_are_refused():
         {"encoder_type": "vjepa2", "decoder_weights": "x"},
         {"encoder_type": "pixels", "weights": "x"},
         {"encoder_type": "rae", "final_norm": False},
-        {"encoder_type": "vae", "patch_size": 8},
         {"encoder_type": "pixels", "patch_size": 0},
         {"encoder_type": "pixels", "image_size": 0},
     ):
@@ -671,6 +682,20 @@ def test_rae_decodes_as_torchs_own_layers_do(tmp_path):
     with torch.no_grad():
         want = (model(z[0]) * IMAGENET[1] + IMAGENET[0]).clamp(0, 1).movedim(1, -1)[None]
     torch.testing.assert_close(wide.decode(z), want, **CLOSE)
+
+
+def test_the_decoder_of_a_release_is_fetched_when_it_is_needed(offline, monkeypatch, tmp_path):
+    dino(tmp_path / "encoder")
+    config = EncoderConfig("rae", str(tmp_path / "encoder"), image_size=70)
+    assert not create_autoencoder(config).has_decoder
+    monkeypatch.setattr(encoders, "TABLE", encoders.TABLE.replace("16x16x768 ", "16x16x48 "))
+    encoder = create_autoencoder(config)  # as wide as the release: as if it were it
+    z = encoder.encode(torch.rand(1, 1, 70, 70, 3))
+    assert encoder.has_decoder
+    with pytest.raises(MissingFileError, match="model.pt .* weights/rae/decoder"):
+        encoder.decode(z)
+    rae_decoder(tmp_path / "weights/rae/decoder")
+    assert encoder.decode(z).shape == (1, 1, 20, 20, 3)
 
 
 def test_scale_rae_decodes_with_the_normalisation_of_its_encoder(tmp_path):
@@ -922,6 +947,30 @@ def test_nonsense_in_a_config_is_named(tmp_path, kind, key):
         assert key in str(error.value) or "group" in str(error.value)
 
 
+def test_shards_are_found_through_the_index_and_nowhere_else(tmp_path):
+    options, file = small("rae", tmp_path)
+    frames = torch.rand(1, 1, 56, 56, 3)
+    z = build("rae", options).encode(frames)
+    state = load_file(file)
+    file.unlink()
+    names = sorted(state)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, part in parts.items():
+        save_file({name: state[name] for name in part}, tmp_path / shard)
+    table = {name: shard for shard, part in parts.items() for name in part}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": table}))
+    assert torch.equal(build("rae", options).encode(frames), z)
+    for wrong in ("", "../b.safetensors", "/etc/passwd", 3, "nosuch.safetensors", "*", None):
+        index.write_text(json.dumps({"weight_map": table | {names[0]: wrong}}))
+        with pytest.raises(InputError):
+            build("rae", options)
+    for text in ("{}", '{"weight_map": []}', '{"weight_map": 1}'):
+        index.write_text(text)
+        with pytest.raises(InputError):
+            build("rae", options)
+
+
 def test_a_released_depth_is_not_taken_from_a_truncated_file(tmp_path):
     options, file = small("rae", tmp_path)
     rewrite(file, lambda s: [s.pop(k) for k in list(s) if k.startswith("encoder.layer.2.")])
@@ -988,19 +1037,6 @@ def test_variance_and_deviation_standardise_alike(tmp_path):
 
 # ------------------------------------------------------------------------------------------------
 # Where files come from
-
-
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    """No network and empty caches; the working directory is an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-
-    def fail(*args, local_files_only=False, **kwargs):
-        raise OSError("no network in tests")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in encoders.RELEASES if kind != "pixels"])
