@@ -229,8 +229,7 @@ class Objective:
             if not cached:
                 new = self.next_frame_uncached(model, known, beside, eps, guidance)
             else:
-                full = cache and cache.frames == window - 1
-                if cache is None or (full and context == "exact"):
+                if cache is None or (context == "exact" and cache.frames == window - 1):
                     cache = self.encode_context(model, known, beside[:, :-1], guidance, cache)
                 else:
                     self.append(model, cache, z[:, t - 1 : t], actions[:, t - 1], guidance)
