@@ -259,11 +259,14 @@ class Network(nn.Module):
         return F.linear(x.type_as(weight), weight, self.tensor(f"{name}.bias", len(weight)))
 
     def conv(self, x: Tensor, name: str, bias: bool = True, **options) -> Tensor:
-        """Apply a convolution; stride=0: by patches, as far as the kernel is wide."""
         weight = self.tensor(f"{name}.weight")
         bias = self.tensor(f"{name}.bias", len(weight)) if bias else None
-        options["stride"] = options.get("stride", 1) or weight.shape[2:]
         return (F.conv2d if x.ndim == 4 else F.conv3d)(x.type_as(weight), weight, bias, **options)
+
+    def patches(self, x: Tensor, name: str, bias: bool = True) -> Tensor:
+        """Embed patches: (N, 3, [T,] H, W) -> (N, [t,] h, w, D)."""
+        x = self.conv(x, name, bias, stride=self.tensor(f"{name}.weight").shape[2:])
+        return x.movedim(1, -1).contiguous()  # or every block would run on transposed tokens
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         weight, bias = self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias")
@@ -384,7 +387,7 @@ class DINO(Transformer):
 
     def encode(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to tokens (N, h, w, D)."""
-        x = self.conv(x, self.patch, stride=0).movedim(1, -1)
+        x = self.patches(x, self.patch)
         N, h, w, D = x.shape
         table = self.tensor(self.table).view(1, -1, D)
         grid = table[:, -self.places :].unflatten(1, (self.h, self.h))
@@ -441,7 +444,7 @@ class VJEPA(Transformer):
         patch, kind = "patch_embed.proj", "video_mod_embed"
         if x.shape[2] == 1:
             patch, kind = "patch_embed_img.proj", "img_mod_embed"
-        x = self.conv(x, patch, stride=0).movedim(1, -1)
+        x = self.patches(x, patch)
         t, h, w = grid = x.shape[1:4]
         time, row, column = (torch.arange(size, device=x.device).float() for size in grid)
         row, column = row * 15 / (h - 1), column * 15 / (w - 1)  # span the 16 x 16 grid it knows
@@ -485,7 +488,7 @@ class QwenTower(Transformer):
     def encode(self, x: Tensor) -> Tensor:
         """Map frames (N, 3, H, W) to tokens (N / frames, h, w, D)."""
         x = x.unflatten(0, (-1, self.frames)).transpose(1, 2).expand(-1, -1, self.pair, -1, -1)
-        x = self.conv(x, "patch_embed.proj", bias=False, stride=0).squeeze(2).movedim(1, -1)
+        x = self.patches(x, "patch_embed.proj", bias=False).squeeze(1)
         h, w, D = x.shape[1:]
         row, column = (torch.arange(size, device=x.device) for size in (h, w))
         pairs = D // self.heads // 4
