@@ -6,16 +6,14 @@
 
     shard or folder --read--> episode --convert--> NNNNNNNNN.safetensors --EpisodeDataset--> clip
 
-Shapes: B batch, V views, T frames, H W pixels, h w C latent grid and channels, A action width.
-    frames   (T, H, W, 3) or (V, T, H, W, 3)   float32 in [0, 1]
-    actions  (T, A)                            action[t] drives frame t to frame t + 1
+frames   (T, H, W, 3) or (V, T, H, W, 3)   float32 in [0, 1]
+actions  (T, A)                            action[t] drives frame t to frame t + 1
 Sources: RLDS (Ramos et al. 2021, arXiv 2111.02767), Bridge V2 (Walke et al. 2023, arXiv
 2308.12952), Open X-Embodiment (arXiv 2310.08864), released code of arXiv 2605.06388.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import copy
 import ctypes
@@ -36,12 +34,11 @@ import sys
 import threading
 import time
 import urllib.request
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -52,8 +49,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize_tensors
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------
-# Errors and files. Everyone may import this section and the next.
+# --- Errors, files, processes, pictures: everyone may import this section.
 
 
 class InputError(ValueError):
@@ -78,8 +74,7 @@ def run_cli(main: Callable[[], None]) -> None:
 def parse_args(cls: type, toy: Any = None, default: Any = None) -> Any:
     """Parse the command line into a config dataclass with tyro: `--flag value` for every field.
 
-    toy      the defaults when the first word is 'toy' (the embedded world); None: no such word
-    default  the defaults otherwise; None: those of `cls`
+    Defaults are those of `toy` where the first word is "toy", else `default`, else the class's.
     """
     import tyro
 
@@ -90,7 +85,7 @@ def parse_args(cls: type, toy: Any = None, default: Any = None) -> Any:
     return tyro.cli(cls, args=words, default=default, use_underscores=True, config=flags)
 
 
-def write_atomic(path: str | Path, write: bytes | Callable[[Path], None]) -> None:
+def write_atomic(path: str | Path, write: bytes | Callable[[Path], Any]) -> None:
     """Write a file beside `path`, fsync it, rename it: a kill leaves the old file or the new one.
 
     write  bytes, or a function that writes the temporary path it is given
@@ -99,20 +94,15 @@ def write_atomic(path: str | Path, write: bytes | Callable[[Path], None]) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if callable(write):
-            write(temporary)
-        else:
-            temporary.write_bytes(write)
+        write(temporary) if callable(write) else temporary.write_bytes(write)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    os.fsync(folder)
+    os.close(folder)
 
 
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
@@ -122,19 +112,26 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: d
 
 
 @contextlib.contextmanager
-def open_tensors(path: str | Path, framework: str = "pt", device: Any = "cpu") -> Iterator[tuple]:
-    """Open a safetensors file of ours: (file, metadata); what goes wrong becomes an InputError."""
+def reading(path: str | Path, remedy: str, *faults: type) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into an InputError that names it."""
     if not Path(path).is_file():
         raise MissingFileError(f"{path}: no such file; check the path")
     try:
-        with safe_open(str(path), framework=framework, device=str(device)) as file:
-            yield file, json.loads((file.metadata() or {}).get("metadata", "{}"))
+        yield
     except InputError:
         raise
-    except (SafetensorError, LookupError, TypeError, ValueError, OSError) as error:
-        raise InputError(
-            f"{path}: truncated, damaged or of another format ({error}); copy or write it again"
-        ) from error
+    except faults as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: truncated or of another format ({reason}); {remedy}") from error
+
+
+@contextlib.contextmanager
+def open_tensors(path: str | Path, framework: str = "pt", device: Any = "cpu") -> Iterator[tuple]:
+    """Open a safetensors file of ours: (file, metadata); what goes wrong becomes an InputError."""
+    faults = SafetensorError, LookupError, TypeError, ValueError, OSError
+    with reading(path, "copy or write it again", *faults):
+        with safe_open(str(path), framework=framework, device=str(device)) as file:
+            yield file, json.loads((file.metadata() or {}).get("metadata", "{}"))
 
 
 def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict, dict]:
@@ -148,26 +145,15 @@ def load_torch(path: str | Path) -> Any:
 
     Raises MissingFileError, or InputError when it is truncated or holds more than plain data.
     """
-    if not Path(path).is_file():
-        raise MissingFileError(f"{path}: no such file; check the path")
-    try:
+    remedy = "a file that needs code to run is refused; otherwise fetch or write it again"
+    with reading(path, remedy, Exception):  # torch raises a dozen types for broken archives
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises a dozen types for broken archives
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{path}: cannot be read as plain tensors ({reason}); it is truncated, of another "
-            "format, or needs code to run, which is refused: fetch or write it again"
-        ) from error
 
 
 def strip_prefixes(state: dict[str, Any], prefixes: Iterable[str]) -> dict[str, Any]:
     """Remove wrapper prefixes such as 'module.' and '_orig_mod.' from the front of every key."""
-    out = {}
-    for name, tensor in state.items():
-        while prefix := next((p for p in prefixes if name.startswith(p)), None):
-            name = name[len(prefix) :]
-        out[name] = tensor
-    return out
+    front = re.compile(f"({'|'.join(map(re.escape, prefixes))})*")
+    return {name[front.match(name).end() :]: tensor for name, tensor in state.items()}
 
 
 def load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
@@ -175,42 +161,22 @@ def load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor], where
 
     Raises InputError naming missing and unexpected keys and the first shapes that differ.
     """
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    faults = [
-        f"{len(names)} {what} (" + ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") + ")"
-        for what, names in (("missing", missing), ("unexpected", extra), ("of other shape", shapes))
-        if names
-    ]
-    if faults:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        faults = "; ".join(line.strip()[:300] for line in str(error).splitlines()[1:5])
         raise InputError(
-            f"{where}: tensors do not fit {type(module).__name__}: {'; '.join(faults)}; "
+            f"{where}: tensors do not fit {type(module).__name__}: {faults}; "
             "choose the file or the options that belong together"
-        )
-    module.load_state_dict(state)
+        ) from error
 
 
 def config_from(cls: type, values: dict, where: str) -> Any:
     """Build a config dataclass from stored values; unknown or ill-typed fields are refused."""
-    unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
-    if unknown:
-        raise InputError(
-            f"{where}: {cls.__name__} has no field {', '.join(unknown)}; the file was written by "
-            "another version: use that version or write the file again"
-        )
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: {cls.__name__} cannot be built: {error}") from error
-
-
-# ------------------------------------------------------------------------------------------------
-# Processes and pictures. Everyone may import this section too.
+        raise InputError(f"{where}: {error}; take the version or the options it fits") from error
 
 
 class Processes(NamedTuple):
@@ -235,8 +201,9 @@ def init_processes(device: str | None = None, timeout_minutes: float = 60) -> Pr
         where = torch.device("cuda", local_rank if where.index is None else where.index)
         torch.cuda.set_device(where)
     if world > 1 and not torch.distributed.is_initialized():
-        backend, timeout = "nccl" if where.type == "cuda" else "gloo", 60 * timeout_minutes
-        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        backend = "nccl" if where.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timeout)
     return Processes(rank, world, local_rank, where)
 
 
@@ -259,15 +226,14 @@ def write_gif(path: str | Path, frames: torch.Tensor | np.ndarray, fps: float = 
     write_atomic(path, lambda temporary: first.save(temporary, "GIF", **options))
 
 
-# ------------------------------------------------------------------------------------------------
-# Episode files: JPEG bytes of every view and frame, actions, metadata; and their index.
+# --- Episode files: JPEG bytes of every view and frame, actions, metadata; and their index.
 
 ACTION_DIM = 10  # xyz (3), rotation (3), gripper (1: -1 open, +1 closed), base (3)
 REMEDY = "convert the data set again"
 
 
-def open_frame(image: bytes | np.ndarray, where: str) -> Image.Image:
-    """Open a uint8 array (H, W, 3), or JPEG or PNG bytes without decoding them."""
+def open_frame(image: bytes | np.ndarray, where: str, decode: bool = True) -> Image.Image:
+    """Open a uint8 array (H, W, 3), or JPEG or PNG bytes; decode them unless told not to."""
     try:
         if isinstance(image, bytes):
             opened = Image.open(io.BytesIO(image), formats=("JPEG", "PNG"))
@@ -275,21 +241,26 @@ def open_frame(image: bytes | np.ndarray, where: str) -> Image.Image:
             opened = Image.fromarray(image)
         else:
             raise ValueError(f"{image.dtype} {image.shape}")
-    except (OSError, ValueError, TypeError, AttributeError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: not a JPEG, PNG or uint8 (H, W, 3) image; {REMEDY}") from error
-    if max(opened.size) > 4096:
-        raise InputError(f"{where}: an image of {opened.size} pixels is too large; {REMEDY}")
-    return opened
+        if max(opened.size) > 4096:
+            raise ValueError(f"{opened.size} pixels")
+        if decode:
+            opened.load()
+        return opened
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        AttributeError,
+        Image.DecompressionBombError,
+    ) as error:
+        fault = f"not a JPEG, PNG or uint8 (H, W, 3) image, or a broken one ({error})"
+        raise InputError(f"{where}: {fault}; {REMEDY}") from error
 
 
 def decode_frame(image: bytes | np.ndarray, size: int | None, where: str) -> np.ndarray:
     """Return an image as uint8 (H, W, 3), resized to `size` squared unless that is None."""
-    try:
-        opened = open_frame(image, where)
-        rgb = opened if opened.mode == "RGB" else opened.convert("RGB")
-        rgb.load()
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"{where}: broken image ({error}); {REMEDY}") from error
+    rgb = open_frame(image, where)
+    rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
     if size and rgb.size != (size, size):
         rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(rgb)
@@ -297,15 +268,14 @@ def decode_frame(image: bytes | np.ndarray, size: int | None, where: str) -> np.
 
 def encode_frame(image: bytes | np.ndarray, size: int | None, where: str) -> bytes:
     """Return JPEG bytes; a JPEG that has the size already passes through undecoded."""
-    opened = open_frame(image, where)
-    fits = size is None or opened.size == (size, size)
-    if isinstance(image, bytes) and fits and (opened.format, opened.mode) == ("JPEG", "RGB"):
-        return image
-    buffer = io.BytesIO()
-    Image.fromarray(decode_frame(image, size, where)).save(
-        buffer, "JPEG", quality=95, subsampling=0
-    )
-    return buffer.getvalue()
+    if isinstance(image, bytes):
+        opened = open_frame(image, where, decode=False)
+        fits = size is None or opened.size == (size, size)
+        if fits and (opened.format, opened.mode) == ("JPEG", "RGB"):
+            return image
+    encoded, rgb = io.BytesIO(), Image.fromarray(decode_frame(image, size, where))
+    rgb.save(encoded, "JPEG", quality=95, subsampling=0)
+    return encoded.getvalue()
 
 
 def write_episode(
@@ -321,14 +291,12 @@ def write_episode(
     frames, actions = list(frames), np.asarray(actions, np.float32)
     if frames and not isinstance(frames[0], (list, tuple)) and np.ndim(frames[0]) != 4:
         frames = [frames]
-    counts = {len(view) for view in frames}
-    if not len(actions) or counts != {len(actions)} or actions.shape[1:] != (ACTION_DIM,):
+    T, counts = len(actions), sorted({len(view) for view in frames})
+    if not T or counts != [T] or actions.shape != (T, ACTION_DIM) or not np.isfinite(actions).all():
         raise InputError(
-            f"{path}: {sorted(counts)} frames beside actions {actions.shape}; give every frame one "
-            f"action of width {ACTION_DIM}"
+            f"{path}: {counts} frames beside actions {actions.shape}, or an action is not finite; "
+            f"give every frame one action of width {ACTION_DIM}"
         )
-    if not np.isfinite(actions).all():
-        raise InputError(f"{path}: an action is not finite; mend or leave out this episode")
     jpegs = [encode_frame(frame, size, str(path)) for view in frames for frame in view]
     metadata = {"language": "", "success": None, "views": list(range(len(frames))), **metadata}
     tensors = {
@@ -338,7 +306,7 @@ def write_episode(
     }
     save_tensors(path, tensors, metadata)
     entry = {key: metadata[key] for key in ("views", "success", "language")}
-    return {"number": int(Path(path).stem), "length": len(actions), **entry}
+    return {"number": int(Path(path).stem), "length": T, **entry}
 
 
 class Episode:
@@ -367,15 +335,17 @@ class Episode:
         row = self.views.index(view) * len(self) + int(t)
         return self.jpeg[int(self.offsets[row]) : int(self.offsets[row + 1])].tobytes()
 
-    def frames(self, times: Iterable[int], views: Iterable[int], size: int | None) -> np.ndarray:
-        """Decode frames to uint8 (V, T, H, W, 3)."""
-        where, (times, views), out = str(self.path), (list(times), list(views)), None
+    def frames(
+        self, times: Iterable[int], views: Iterable[int], size: int | None, dtype: type = np.uint8
+    ) -> np.ndarray:
+        """Decode frames to (V, T, H, W, 3): bytes, or float32 in [0, 1]."""
+        times, views, out = list(times), list(views), None
         for i, (view, t) in enumerate(itertools.product(views, times)):
-            frame = decode_frame(self.jpeg_bytes(t, view), size, where)
-            out = np.empty((len(views) * len(times), *frame.shape), np.uint8) if i == 0 else out
+            frame = decode_frame(self.jpeg_bytes(t, view), size, str(self.path))
+            out = np.empty((len(views) * len(times), *frame.shape), dtype) if i == 0 else out
             if frame.shape != out.shape[1:]:
-                raise InputError(f"{where}: its frames differ in size; {REMEDY} with one size")
-            out[i] = frame
+                raise InputError(f"{self.path}: its frames differ in size; {REMEDY} with one size")
+            out[i] = frame if dtype == np.uint8 else np.divide(frame, 255, dtype=dtype)
         return out.reshape(len(views), len(times), *out.shape[1:])
 
 
@@ -409,7 +379,7 @@ def read_index(folder: str | Path) -> tuple[dict, list[dict], dict[str, list[dic
     if not lines:
         flags = f"--dataset_name {path.parent.name} --output_dir {path.parent.parent}"
         raise MissingFileError(f"{path}: no such data set; convert it: python data.py {flags}")
-    try:
+    with reading(path, REMEDY, ValueError, LookupError, TypeError, AttributeError):
         header, *records = map(json.loads, lines)
         records = list({record["shard"]: record for record in records}.values())
         for split, entries in [pair for r in records for pair in r["episodes"].items()]:
@@ -419,12 +389,9 @@ def read_index(folder: str | Path) -> tuple[dict, list[dict], dict[str, list[dic
                     raise ValueError(f"entry {entry}")
         float(header["fps"]), str(header["action_mapping"])
         return header, records, {k: sorted(v, key=lambda e: e["number"]) for k, v in splits.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged index ({error!r}); {REMEDY}") from error
 
 
-# ------------------------------------------------------------------------------------------------
-# Public data sets: where they are and what their actions mean.
+# --- Public data sets: where they are, what their actions mean; RLDS is read without TensorFlow.
 
 # fmt: off
 ACTION_MAPPINGS = {  # clip(gain * (raw - mean), -limit, limit), numbers of arXiv 2605.06388's code
@@ -441,7 +408,43 @@ ACTION_MAPPINGS = {  # clip(gain * (raw - mean), -limit, limit), numbers of arXi
     "autolab_ur5": (100.0, np.inf, 15.0, np.inf, "raw"),
     "toto": (2.0, np.inf, 1.0, np.inf, "raw"),  # gripper 1 = open, 0 = closed, as in that code
 }
+
+
+class Source(NamedTuple):
+    """A public RLDS data set."""
+
+    url: str
+    gigabytes: int | None  # None: not known
+    cameras: str  # image keys; the first is the main camera
+    mapping: str
+    fps: float
+    success: str = ""  # key in episode_metadata, or "reward": that of the last step
+
+
+RAIL, GCS = "https://rail.eecs.berkeley.edu/datasets/", "gs://gresearch/robotics/{}/0.1.0"
+BRIDGE = RAIL + "bridge_release/data/tfds/bridge_dataset/1.0.0"
+LIBERO = "https://huggingface.co/datasets/openvla/modified_libero_rlds/resolve/main/{}_no_noops/1.0.0"
+SOURCES = {name: Source(url.format(name), *rest) for name, url, *rest in (
+    ("bridge_v2", BRIDGE, 124, "image_0", "bridge", 5, "reward"),
+    ("bridge_v2_multiview", BRIDGE, 124, "image_0 image_1 image_2 image_3", "bridge", 5, "reward"),
+    ("soar", RAIL + "soar_release/1.0.0", None, "image_0", "bridge", 5, "success"),
+    ("bridge", GCS, 387, "image", "bridge", 5),  # an older data set than bridge_v2
+    ("rt_1", GCS.format("fractal20220817_data"), 111, "image", "raw", 3, "reward"),
+    ("taco_play", GCS, 48, "rgb_static", "taco_play", 15),
+    ("jaco_play", GCS, 9, "image", "jaco_play", 10),
+    ("berkeley_cable_routing", GCS, 5, "image", "raw", 10),
+    ("roboturk", GCS, 45, "front_rgb", "raw", 10),
+    ("nyu_door_opening_surprising_effectiveness", GCS, 7, "image", "nyu_door", 3),
+    ("viola", GCS, 10, "agentview_rgb", "viola", 20),
+    ("berkeley_autolab_ur5", GCS, 76, "image", "autolab_ur5", 5),
+    ("toto", GCS, 128, "image", "toto", 30),
+    *((f"libero_{suite}", LIBERO, None, "image", "libero", 20, "reward")
+      for suite in ("10", "object", "goal", "spatial")),
+)}
 # fmt: on
+TARGETS = {"train": "train", "val": "test", "validation": "test", "test": "test"}
+PARTS = {"rotation_delta": slice(3, 6), "gripper_closedness_action": slice(6, 7)}
+PARTS |= {"open_gripper": slice(6, 7), "base_displacement_vector": slice(7, 9)}
 
 
 def map_actions(raw: np.ndarray, mapping: str) -> np.ndarray:
@@ -461,145 +464,6 @@ def map_actions(raw: np.ndarray, mapping: str) -> np.ndarray:
     return out
 
 
-class Source(NamedTuple):
-    """A public RLDS data set."""
-
-    url: str
-    gigabytes: int | None  # None: not known
-    cameras: str  # image keys; the first is the main camera
-    mapping: str
-    fps: float
-    success: str = ""  # key in episode_metadata, or "reward": that of the last step
-
-
-# fmt: off
-_RAIL, _GCS = "https://rail.eecs.berkeley.edu/datasets/", "gs://gresearch/robotics/{}/0.1.0"
-_BRIDGE = _RAIL + "bridge_release/data/tfds/bridge_dataset/1.0.0"
-_LIBERO = "https://huggingface.co/datasets/openvla/modified_libero_rlds/resolve/main/"
-_LIBERO += "{}_no_noops/1.0.0"
-SOURCES = {name: Source(url.format(name), *rest) for name, url, *rest in (
-    ("bridge_v2", _BRIDGE, 124, "image_0", "bridge", 5, "reward"),
-    ("bridge_v2_multiview", _BRIDGE, 124, "image_0 image_1 image_2 image_3", "bridge", 5, "reward"),
-    ("soar", _RAIL + "soar_release/1.0.0", None, "image_0", "bridge", 5, "success"),
-    ("bridge", _GCS, 387, "image", "bridge", 5),  # an older data set than bridge_v2
-    ("rt_1", _GCS.format("fractal20220817_data"), 111, "image", "raw", 3, "reward"),
-    ("taco_play", _GCS, 48, "rgb_static", "taco_play", 15),
-    ("jaco_play", _GCS, 9, "image", "jaco_play", 10),
-    ("berkeley_cable_routing", _GCS, 5, "image", "raw", 10),
-    ("roboturk", _GCS, 45, "front_rgb", "raw", 10),
-    ("nyu_door_opening_surprising_effectiveness", _GCS, 7, "image", "nyu_door", 3),
-    ("viola", _GCS, 10, "agentview_rgb", "viola", 20),
-    ("berkeley_autolab_ur5", _GCS, 76, "image", "autolab_ur5", 5),
-    ("toto", _GCS, 128, "image", "toto", 30),
-    *((f"libero_{suite}", _LIBERO, None, "image", "libero", 20, "reward")
-      for suite in ("10", "object", "goal", "spatial")),
-)}
-TARGETS = {"train": "train", "val": "test", "validation": "test", "test": "test"}
-PICTURES = (".jpg", ".jpeg", ".png")
-# fmt: on
-
-
-# ------------------------------------------------------------------------------------------------
-# Reading: RLDS shards without TensorFlow, and a user's own episodes.
-
-
-def _linear(tables: np.ndarray, x: np.ndarray) -> np.ndarray:
-    return tables[0][x & 0xFFFF] ^ tables[1][x >> 16]
-
-
-@functools.cache
-def _append_zeros(power: int) -> np.ndarray:
-    """Tabulate what 2^power zero bytes do to a CRC state, for its low and its high 16 bits."""
-    if power:
-        return _linear(_append_zeros(power - 1), _append_zeros(power - 1))
-    x = np.arange(65536, dtype=np.uint32)
-    x = np.stack([x, x << 16])
-    for _ in range(8):
-        x = (x >> 1) ^ (x & 1) * np.uint32(0x82F63B78)  # Castagnoli's polynomial, reflected
-    return x
-
-
-def masked_crc32c(message: bytes) -> int:
-    """Compute TFRecord's checksum in NumPy lanes that advance side by side, then join in pairs.
-
-    state(a b) = zeros(state(a), len b) ^ state(b): the state is linear, leading zeros do nothing,
-    and the start state 0xFFFFFFFF is carried past the message on its own.     [RFC 3720, B.4]
-    """
-    size = len(message)
-    power = max(2, min(9, size.bit_length() // 2))  # 2^power bytes a lane
-    lanes = max(1, -(-size >> power))
-    padded = np.zeros(lanes << power, np.uint8)
-    padded[len(padded) - size :] = np.frombuffer(message, np.uint8)
-    state = np.zeros(lanes, np.uint32)
-    for word in padded.view("<u4").reshape(lanes, -1).T:
-        state = _linear(_append_zeros(2), state ^ word)
-    while len(state) > 1:
-        state = np.concatenate([state[: len(state) % 2] * 0, state])
-        state, power = _linear(_append_zeros(power), state[::2]) ^ state[1::2], power + 1
-    start = np.uint32(0xFFFFFFFF)
-    for bit in [bit for bit in range(size.bit_length()) if size >> bit & 1]:
-        start = _linear(_append_zeros(bit), start)
-    crc = int(state[0] ^ start) ^ 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def read_record(file: BinaryIO, size: int, check: bool) -> bytes:
-    """Read one TFRecord of a file of `size` bytes: u64 length | its CRC | payload | its CRC.
-
-    Raises InputError. The file then stands behind the record, or at its end where the length is
-    damaged, since nothing can be found behind that.
-    """
-    where, header = f"{file.name}: record at byte {file.tell()}", file.read(12)
-    length = int.from_bytes(header[:8], "little")
-    sound = len(header) == 12 and masked_crc32c(header[:8]) == int.from_bytes(header[8:], "little")
-    if not sound or file.tell() + length + 4 > size:
-        file.seek(size)
-        fault = "is cut off" if sound else "has a damaged length"
-        raise InputError(f"{where} {fault}; fetch the shard again")
-    payload, stored = file.read(length), int.from_bytes(file.read(4), "little")
-    if check and masked_crc32c(payload) != stored:
-        raise InputError(f"{where} has a wrong checksum; fetch the shard again")
-    return payload
-
-
-def load_features(folder: Path, source: Source) -> tuple[Any, Any]:
-    """Load an RLDS schema: (features, decoders that leave every image as bytes).
-
-    Raises InputError where a feature we need is missing, or a class from outside
-    tensorflow-datasets would have to be imported.
-    """
-    import tensorflow_datasets as tfds
-
-    def refuse_foreign(node: dict) -> None:
-        for name in (node.get("pythonClassName"), node.get("type")):
-            if isinstance(name, str) and not name.startswith("tensorflow_datasets."):
-                raise InputError(f"{folder}/features.json: class {name} is not from RLDS; refused")
-
-    def skip_images(node: Any) -> Any:
-        node = node.feature if isinstance(node, tfds.features.Dataset) else node
-        if isinstance(node, tfds.features.Image):
-            return tfds.decode.SkipDecoding()
-        if isinstance(node, tfds.features.FeaturesDict):
-            return {name: found for name in node if (found := skip_images(node[name]))}
-
-    try:
-        json.loads((folder / "features.json").read_text(), object_hook=refuse_foreign)
-        features = tfds.builder_from_directory(folder).info.features
-        steps = features["steps"].feature
-        has = {*steps, *steps["observation"]}
-    except InputError:
-        raise
-    except Exception as error:  # tfds raises a dozen types
-        raise InputError(f"{folder}: no RLDS schema to read ({error!r}); fetch it again") from error
-    if missing := {"action", *source.cameras.split()} - has:
-        raise InputError(f"{folder}: no feature {missing} among {has}; is this another data set?")
-    return features, skip_images(features)
-
-
-_PARTS = {"world_vector": (0, 3), "rotation_delta": (3, 6), "gripper_closedness_action": (6, 7)}
-_PARTS |= {"open_gripper": (6, 7), "base_displacement_vector": (7, 9)}
-
-
 def raw_action(action: Any) -> np.ndarray:
     """Flatten one step's action, a vector or a dict of parts, to at most 10 numbers.
 
@@ -610,9 +474,9 @@ def raw_action(action: Any) -> np.ndarray:
     if not isinstance(action, dict):
         return np.asarray(action, np.float32)
     flat = np.zeros(ACTION_DIM, np.float32)
-    for name, (start, stop) in _PARTS.items():
-        if name in action or name == "world_vector":
-            flat[start:stop] = np.ravel(action[name])
+    flat[:3] = action["world_vector"]
+    for name in action.keys() & PARTS.keys():
+        flat[PARTS[name]] = np.ravel(action[name])
     return flat
 
 
@@ -621,14 +485,10 @@ def unpack_example(example: dict, source: Source) -> tuple[list, np.ndarray, dic
 
     A camera is missing where its flag has_<camera> says so, or, without a flag, where it is black.
     """
-    steps, about = list(example["steps"]), example.get("episode_metadata", {})
-    frames = {}
+    steps, about, frames = list(example["steps"]), example.get("episode_metadata", {}), {}
     for view, camera in enumerate(source.cameras.split()):
         images = [step["observation"][camera] for step in steps]
-        there = about.get(f"has_{camera}")
-        if there is None and view:
-            there = decode_frame(images[0], None, camera).max() > 15
-        if there is None or there:
+        if about.get(f"has_{camera}", not view or decode_frame(images[0], None, camera).max() > 15):
             frames[view] = images
     if 0 not in frames:
         raise InputError(f"the main camera of {source.cameras!r} is missing")
@@ -644,14 +504,93 @@ def unpack_example(example: dict, source: Source) -> tuple[list, np.ndarray, dic
     return [*frames.values()], np.stack([raw_action(step["action"]) for step in steps]), metadata
 
 
+def _linear(tables: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return tables[0][x & 0xFFFF] ^ tables[1][x >> 16]
+
+
+@functools.cache
+def _append_zeros(power: int) -> np.ndarray:
+    """Tabulate what 2^power zero bytes do to a CRC state, for its low and its high 16 bits."""
+    if power:
+        return _linear(_append_zeros(power - 1), _append_zeros(power - 1))
+    x = np.arange(65536, dtype=np.uint32) << np.array([[0], [16]], np.uint32)
+    for _ in range(8):
+        x = (x >> 1) ^ (x & 1) * np.uint32(0x82F63B78)  # Castagnoli's polynomial, reflected
+    return x
+
+
+def masked_crc32c(message: bytes) -> int:
+    """Compute TFRecord's checksum in NumPy lanes that advance side by side, then join in pairs.
+
+    state(a b) = zeros(state(a), len b) ^ state(b): the state is linear, leading zeros do nothing,
+    and the four bytes put first lead to the start state 0xFFFFFFFF.           [RFC 3720, B.4]
+    """
+    message = np.frombuffer(b"\x54\x64\x1f\x64" + message, np.uint8)
+    power = max(2, min(9, len(message).bit_length() // 2))  # 2^power bytes a lane
+    lanes = -(-len(message) >> power)
+    padded = np.zeros(lanes << power, np.uint8)
+    padded[-len(message) :] = message
+    state = np.zeros(lanes, np.uint32)
+    for word in padded.view("<u4").reshape(lanes, -1).T:
+        state = _linear(_append_zeros(2), state ^ word)
+    while len(state) > 1:
+        state = np.concatenate([state[: len(state) % 2] * 0, state])
+        state, power = _linear(_append_zeros(power), state[::2]) ^ state[1::2], power + 1
+    crc = int(state[0]) ^ 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def load_features(folder: Path, source: Source) -> tuple[Any, Any]:
+    """Load an RLDS schema: (features, decoders that leave every image as bytes).
+
+    Raises InputError where a feature that we need is missing, or where loading the schema would
+    import a class from outside tensorflow-datasets.
+    """
+    import tensorflow_datasets as tfds
+
+    def refuse_foreign(node: dict) -> None:
+        for name in (node.get("pythonClassName"), node.get("type")):
+            if isinstance(name, str) and not name.startswith("tensorflow_datasets."):
+                raise InputError(f"{folder}/features.json: class {name} is not from RLDS; refused")
+
+    def skip_images(node: Any) -> Any:
+        node = node.feature if isinstance(node, tfds.features.Dataset) else node
+        if isinstance(node, tfds.features.Image):
+            return tfds.decode.SkipDecoding()
+        if isinstance(node, tfds.features.FeaturesDict):
+            return {name: found for name in node if (found := skip_images(node[name]))}
+
+    with reading(folder / "features.json", "fetch it again", Exception):  # a dozen types
+        json.loads((folder / "features.json").read_text(), object_hook=refuse_foreign)
+        features = tfds.builder_from_directory(folder).info.features
+        has = {*features["steps"].feature, *features["steps"].feature["observation"]}
+        if missing := {"action", *source.cameras.split()} - has:
+            raise InputError(f"{folder}: no feature {missing} in {has}; is this another data set?")
+        return features, skip_images(features)
+
+
 def read_shard(path: Path, source: Source, schema: tuple[Any, Any], check: bool) -> Iterator[Any]:
-    """Yield (frames, raw actions, metadata) of every episode, or the InputError in its place."""
+    """Yield (frames, raw actions, metadata) of every episode, or the InputError in its place.
+
+    TFRecord: u64 length | its CRC | payload | its CRC. Behind a damaged length nothing is found.
+    """
+    size, fault = path.stat().st_size, ""
     with open(path, "rb") as file:
-        size = path.stat().st_size
-        while file.tell() < size:
+        while (at := file.tell()) < size and not fault:
+            header, remedy = file.read(12), "fetch the shard again"
+            length = int.from_bytes(header[:8], "little")
+            crc = masked_crc32c(header[:8]).to_bytes(4, "little")
+            fault = "has a damaged length" if crc != header[8:] else ""
+            fault = fault or ("is cut off" if at + length + 16 > size else "")
+            if fault:
+                yield InputError(f"{path}: record at byte {at} {fault}; {remedy}")
+                continue
+            payload, crc = file.read(length), int.from_bytes(file.read(4), "little")
+            if check and masked_crc32c(payload) != crc:
+                yield InputError(f"{path}: record at byte {at} has a wrong checksum; {remedy}")
+                continue
             try:
-                record = read_record(file, size, check)
-                example = schema[0].deserialize_example_np(record, decoders=schema[1])
+                example = schema[0].deserialize_example_np(payload, decoders=schema[1])
                 yield unpack_example(example, source)
             except InputError as error:
                 yield error
@@ -659,36 +598,31 @@ def read_shard(path: Path, source: Source, schema: tuple[Any, Any], check: bool)
                 yield InputError(f"does not match features.json ({error!r})")
 
 
-_NUMPY_HEADERS = threading.Lock()  # Python 3.11 cannot parse literals in two threads at once
+NUMPY = threading.Lock()  # Python 3.11 cannot parse the headers of two arrays at once
 
 
 def read_own(path: Path) -> Iterator[Any]:
     """Yield the one episode of an .npz file, or of a folder of images with actions.npy."""
     try:
         if path.is_file():
-            with _NUMPY_HEADERS, np.load(path) as file:
-                metadata = {name: file[name] for name in file.files}
-            frames, actions = metadata.pop("frames"), metadata.pop("actions")
-            metadata = {name: value.item() for name, value in metadata.items()}
+            with NUMPY, np.load(path) as file:
+                about = {name: file[name] for name in file.files}
+            frames, actions = about.pop("frames"), about.pop("actions")
+            about = {name: value.item() for name, value in about.items()}
         else:
             cameras = sorted(p for p in path.iterdir() if p.is_dir()) or [path]
-            names = [sorted(p for p in c.iterdir() if p.suffix in PICTURES) for c in cameras]
-            frames, about = (
-                [[p.read_bytes() for p in view] for view in names],
-                path / "metadata.json",
-            )
-            metadata = json.loads(about.read_bytes()) if about.exists() else {}
-            with _NUMPY_HEADERS:
+            names = [sorted(c.glob("*.[jJpP][pPnN]*[gG]")) for c in cameras]
+            frames = [[name.read_bytes() for name in view] for view in names]
+            about = path / "metadata.json"
+            about = json.loads(about.read_bytes()) if about.exists() else {}
+            with NUMPY:
                 actions = np.load(path / "actions.npy")
-        known = ("language", "success", "fps")
-        yield frames, actions, {name: metadata[name] for name in known if name in metadata}
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        yield frames, actions, {k: about[k] for k in {"language", "success", "fps"} & about.keys()}
+    except Exception as error:  # NumPy, zipfile and json raise a dozen types
         yield InputError(f"{path}: no episode to read ({error!r}); it needs frames and actions")
 
 
-# --- toy world: begin
-# ------------------------------------------------------------------------------------------------
-# Toy world: a table, an arm with a gripper, blocks and a plate before three cameras. Metres and
+# --- Toy world: a table, an arm with a gripper, blocks and a plate before three cameras. Metres and
 # radians; x leads away from the arm, y to its left, z up; the table's top is z = 0. Quasi-static:
 # blocks are pushed by the least planar move that frees them, a held one follows, others fall.
 
@@ -1108,11 +1042,7 @@ def generate_toy(output_dir: str | Path, config: ToyConfig | None = None) -> Pat
     return folder
 
 
-# --- toy world: end
-
-
-# ------------------------------------------------------------------------------------------------
-# Converting: shards come from a folder or over HTTPS and become episode files.
+# --- Converting: shards come from a folder or over HTTPS and become episode files.
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -1155,14 +1085,8 @@ class Shard(NamedTuple):
     count: int  # episodes that it should hold
 
 
-def hash_file(path: Path, method: str) -> Any:
-    """Return the hashlib object of a file's content, which need not fit into memory."""
-    content = np.memmap(path, np.uint8, "r") if path.stat().st_size else b""
-    return hashlib.new(method, content)
-
-
 def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tries=8, pause=1.0):
-    """Download to `path`: resume, retry with growing pauses, check length and published MD5.
+    """Download to `path`: resume, retry with growing pauses, check the length.
 
     Raises InputError when the server refuses, or when `tries` attempts in a row got no further.
     """
@@ -1181,62 +1105,58 @@ def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tr
             size, length = part.stat().st_size, reply.headers.get("Content-Length", "")
             if length and size != have + int(length):
                 raise ConnectionError(f"{size} of {have + int(length)} bytes came")
-            md5 = re.search("md5=([^, ]+)", ",".join(reply.headers.get_all("x-goog-hash", [])))
-            if not md5 or base64.b64decode(md5[1]) == hash_file(part, "md5").digest():
-                return os.replace(part, path)
-            part.unlink()
-            raise ConnectionError("the bytes that came have another MD5")
+            return os.replace(part, path)
         except (OSError, http.client.HTTPException) as error:
             code = getattr(error, "code", 500)
             if getattr(error, "errno", 0) in DISK_FULL:
                 raise
             if code < 500 and code not in (408, 416, 429):
                 raise InputError(f"{url}: the server says {error}; check --source") from error
-            arrived = part.stat().st_size if part.exists() and code != 416 else 0
-            part.unlink() if code == 416 else None  # longer than the file: begin again
+            if code == 416:  # more is here than the server has: begin again
+                part.unlink(missing_ok=True)
+            arrived = part.stat().st_size if part.exists() else 0
             failures, furthest = 0 if arrived > furthest else failures + 1, max(furthest, arrived)
             if failures >= tries:
                 raise InputError(f"{url}: {error!r}; run the same command later") from error
             time.sleep(min(60.0, pause * 2**failures))
 
 
-def list_shards(folder: Path, local: bool, args: Args) -> tuple[list[Shard], int]:
+def list_shards(base: Path, local: bool, args: Args) -> tuple[list[Shard], int]:
     """Name the RLDS shards to convert, and their bytes in all, as dataset_info.json lists them.
 
     On disk a file's prefix need not be the data set's name, and shards may be missing.
     """
-    pattern, chosen, first, size = r".+-([\w.]+)\.tfrecord-(\d{5})-of-\d{5}", [], 0, 0
-    matches = [re.fullmatch(pattern, path.name) for path in folder.iterdir()] if local else []
+    pattern, shards, first, size = r".+-([\w.]+)\.tfrecord-(\d{5})-of-\d{5}", [], 0, 0
+    matches = [re.fullmatch(pattern, path.name) for path in base.iterdir()] if local else []
     found = {(match[1], int(match[2])): match[0] for match in matches if match}
     wanted = {split.strip() for split in args.splits.split(",")} - {""}
-    try:
-        info = json.loads((folder / "dataset_info.json").read_bytes())
+    path, faults = base / "dataset_info.json", (ValueError, LookupError, TypeError)
+    with reading(path, "fetch it again", *faults, ZeroDivisionError):
+        info = json.loads(path.read_bytes())
         targets = {split["name"]: TARGETS.get(split["name"], "") for split in info["splits"]}
         if not all(re.fullmatch(r"[\w.]+", name) for name in (info["name"], *targets)):
             raise ValueError(f"odd names: {info['name']!r}, {list(targets)}")
         for split in info["splits"]:
-            name, counts, shards = split["name"], [int(n) for n in split["shardLengths"]], []
+            name, counts, here = split["name"], [int(n) for n in split["shardLengths"]], []
             target = targets[name] if "test" in targets.values() else ""
             for i, count in enumerate(counts):
                 file = f"{info['name']}-{name}.tfrecord-{i:05d}-of-{len(counts):05d}"
-                file = found.get((name, i), "") if local else file
-                shards.append(Shard(file, target, first, count))
-                first += 10_000  # room for a shard's episodes, of which there are a few hundred
-            here = [shard for shard in shards if shard.name][: args.max_shards or None]
+                if file := found.get((name, i)) if local else file:
+                    here.append(Shard(file, target, first + 10_000 * i, count))
+            first += 10_000 * len(counts)  # room for a shard's episodes, a few hundred
             if not wanted or wanted & {name, targets[name]}:
-                chosen, size = (
-                    chosen + here,
+                if missing := len(counts) - len(here):
+                    print(f"{base}: {missing} of {len(counts)} shards of {name} are not here")
+                here = here[: args.max_shards or None]
+                shards, size = (
+                    shards + here,
                     size + int(split["numBytes"]) * len(here) // len(counts),
                 )
-                if missing := sum(not shard.name for shard in shards):
-                    print(f"{folder}: {missing} of {len(counts)} shards of {name} are not here")
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise InputError(f"{folder}: unreadable dataset_info.json ({error!r})") from error
-    return chosen, size
+        return shards, size
 
 
-def list_own(root: Path, folder: Path) -> list[Shard]:
-    """List the episodes of a user's own folder, numbered behind those converted before."""
+def list_own(root: Path, taken: int) -> list[Shard]:
+    """List the episodes of a user's own folder, numbered from `taken` on."""
     foreign = "LeRobot" if (root / "meta/info.json").exists() else ""
     if foreign or next(root.rglob("*.mp4"), None):
         raise InputError(
@@ -1245,18 +1165,12 @@ def list_own(root: Path, folder: Path) -> list[Shard]:
             '    frames = [f.to_ndarray(format="rgb24") for f in av.open(video).decode(video=0)]\n'
             "    np.savez(name, frames=np.stack(frames), actions=actions, language=text)"
         )
-    try:
-        _, records, splits = read_index(folder)
-    except MissingFileError:
-        records, splits = [], {}
-    first = 1 + max((entry["number"] for split in splits.values() for entry in split), default=-1)
     paths = [*root.rglob("*.npz"), *(path.parent for path in root.rglob("actions.npy"))]
-    names = {str(path.relative_to(root)) for path in paths} - {r["shard"] for r in records}
-    targets = [(name, TARGETS.get(name.split(os.sep)[0], "")) for name in sorted(names)]
-    return [Shard(*pair, first + i, 1) for i, pair in enumerate(targets)]
+    names = sorted(path.relative_to(root) for path in paths)
+    return [Shard(str(p), TARGETS.get(p.parts[0], ""), taken + i, 1) for i, p in enumerate(names)]
 
 
-def open_source(args: Args, folder: Path) -> tuple[Source, Path, str, list[Shard], int, Callable]:
+def open_source(args: Args, folder: Path, taken: int) -> tuple:
     """Find what to convert: (source, folder of the shards, URL or "", shards, bytes, reader)."""
     public, names = SOURCES.get(args.dataset_name), ", ".join(SOURCES)
     where = args.source or (public.url if public else "")
@@ -1264,28 +1178,26 @@ def open_source(args: Args, folder: Path) -> tuple[Source, Path, str, list[Shard
     if args.dataset_name in ("", ".", "..") or folder.name != args.dataset_name or not where:
         raise InputError(f"dataset_name: take one of {names}, or give your own data as --source")
     if url:
-        print(
-            f"{args.dataset_name}: {public.gigabytes or '?'} GB in all at {url}" if public else url
-        )
+        print(f"{args.dataset_name}: {public and public.gigabytes or '?'} GB in all at {url}")
         base = folder / "download"
         base.mkdir(parents=True, exist_ok=True)
         for name in ("features.json", "dataset_info.json"):
             fetch(f"{url}/{name}", base / name, lambda count: None)
-    elif not Path(where).is_dir():
-        raise MissingFileError(f"{where}: no such folder; check --source")
     else:
+        if not Path(where).is_dir():
+            raise MissingFileError(f"{where}: no such folder; check --source")
         found = [p for deep in ("", "*/", "*/*/") for p in Path(where).glob(f"{deep}features.json")]
         if len(found) > 1:
             raise InputError(f"{where}: {len(found)} data sets ({found[0]}, ...); name one of them")
         if not found:
-            own = Source("", None, "", "raw", 5.0)
-            return own, Path(where), "", list_own(Path(where), folder), 0, read_own
+            shards = list_own(Path(where), taken)
+            return Source("", None, "", "raw", 5.0), Path(where), "", shards, 0, read_own
         base = found[0].parent
     if not public:
         raise InputError(f"{where}: RLDS data; say which with --dataset_name: {names}")
-    schema, (shards, size) = load_features(base, public), list_shards(base, not url, args)
+    schema = load_features(base, public)
     read = functools.partial(read_shard, source=public, schema=schema, check=args.check_crc)
-    return public, base, url, shards, size, read
+    return public, base, url, *list_shards(base, not url, args), read
 
 
 def convert_shard(episodes: Iterable[Any], shard: Shard, folder: Path, header: dict, skip: bool):
@@ -1328,8 +1240,11 @@ def convert(args: Args) -> None:
 
     A killed run continues behind its finished shards, and inside those half fetched.
     """
-    folder, stop = Path(args.output_dir) / args.dataset_name, threading.Event()
-    source, base, url, shards, size, read = open_source(args, folder)
+    folder, stop, before = Path(args.output_dir) / args.dataset_name, threading.Event(), {}
+    with contextlib.suppress(MissingFileError):
+        before, records, splits = read_index(folder)
+    numbers = [entry["number"] for split in splits.values() for entry in split] if before else []
+    source, base, url, shards, size, read = open_source(args, folder, 1 + max(numbers, default=-1))
     header = {
         "dataset": args.dataset_name,
         "fps": args.fps or source.fps,
@@ -1337,15 +1252,12 @@ def convert(args: Args) -> None:
         "image_size": args.image_size,
     }
     map_actions(np.zeros(7), header["action_mapping"])  # an unknown name ends here
-    try:
-        before, records, _ = read_index(folder)
-    except MissingFileError as error:
-        if not shards:
-            raise InputError(f"{folder}: nothing to convert; check --source, --splits") from error
-        append_index(folder, before := header)
-        records = []
-    if before != header:
+    if before not in ({}, header):
         raise InputError(f"{folder} was written with {before}, not {header}; take another one")
+    if not before:
+        if not shards:
+            raise InputError(f"{folder}: nothing to convert; check --source and --splits")
+        append_index(folder, header)
     for path in folder.glob("*/.*.tmp"):  # of a run that was killed
         path.unlink()
 
@@ -1365,12 +1277,13 @@ def convert(args: Args) -> None:
                 path.unlink()  # it may have been damaged on its way: the next run fetches it again
             raise
         content = path if path.is_file() else path / "actions.npy"
-        record |= {"sha256": hash_file(content, "sha256").hexdigest()}
-        record |= {"bytes": content.stat().st_size}
+        record["bytes"] = content.stat().st_size
+        mapped = np.memmap(content, np.uint8, "r") if record["bytes"] else b""
+        record["sha256"] = hashlib.sha256(mapped).hexdigest()
         path.unlink() if url else progress(record["bytes"])
         return record
 
-    finished, start, done = {record["shard"] for record in records}, time.time(), 0
+    start, done, finished = time.time(), 0, {r["shard"] for r in read_index(folder)[1]}
     options = {"total": size or None, "unit": "B", "unit_scale": True, "disable": None}
     with ThreadPoolExecutor(args.num_workers) as pool, tqdm(desc=folder.name, **options) as bar:
         try:
@@ -1392,8 +1305,7 @@ def convert(args: Args) -> None:
     print("".join(f"left out: {error}\n" for error in errors), end="")
 
 
-# ------------------------------------------------------------------------------------------------
-# Clips: which frames of which episode, in which order.
+# --- Clips: which frames of which episode, in which order.
 
 SAMPLINGS = ("stride", "uniform", "fps_1", "bookend", "final_heavy")
 
@@ -1464,12 +1376,11 @@ def draw_frames(length: int, config: DataConfig, rng: np.random.Generator) -> np
     length 38, T 10, H 2, stride 2: s = 4 needs (4*2 + 7) * 4 + 1 = 61 frames, so s = 2 with 31;
     the current frame is one of 16..23, and 16 gives  0 8 | 16 18 20 22 24 26 28 30.
     """
-    H, future, s = config.num_history, config.num_frames - config.num_history - 1, config.stride
-    back = 0 if rng.random() < 0.15 else 4
-    strides = [s for s in (s, 2 * s) if (back * H + future) * s < length]
-    if not strides:
-        back, strides = 0, [s for s in (s, 2 * s) if future * s < length]
-    s = int(rng.choice(strides))
+    H, future, back = config.num_history, config.num_frames - config.num_history - 1, 4
+    if rng.random() < 0.15 or (back * H + future) * config.stride >= length:
+        back = 0
+    strides = (config.stride, 2 * config.stride)
+    s = int(rng.choice([s for s in strides if (back * H + future) * s < length]))
     current = int(rng.integers(back * s * H, length - future * s))
     return np.r_[current - back * s * np.arange(H, 0, -1), current + s * np.arange(future + 1)]
 
@@ -1489,12 +1400,11 @@ def merge_actions(actions: np.ndarray, times: np.ndarray, merge: str) -> np.ndar
     return merged
 
 
-# ------------------------------------------------------------------------------------------------
-# Latent cache: what a frozen encoder made of every frame, in bfloat16.
+# --- Latent cache: what a frozen encoder made of every frame, in bfloat16. Then clips, served.
 
 
-def _cache(config: DataConfig, folder: Path, split: str, latents: str) -> tuple[Path, list, bytes]:
-    """Return a cache's folder, its (number, length) an episode, and what marks it complete."""
+def latent_cache(config: DataConfig, folder: Path, split: str, latents: str) -> tuple:
+    """Return a cache's folder, its episodes (number, length), and what marks it complete."""
     entries = read_index(folder)[2].get(split, [])
     mine = [(e["number"], e["length"]) for e in entries if {*config.views} <= {*e["views"]}]
     key = json.dumps([latents, config.image_size, config.views])
@@ -1515,50 +1425,21 @@ def write_latent_cache(
     encode   (1, T, H, W, 3) in [0, 1] -> (1, T, h, w, C), called with at most 32 frames
     shard    (rank, world): this process encodes its part; whoever sees all parts there, says so
     """
-    for name in config.subset_names.split(","):
-        folder = Path(config.dataset_dir) / name.strip()
-        target, entries, complete = _cache(config, folder, split, latents)
-        paths = [target / f"{number:09d}.safetensors" for number, _ in entries]
-        for path in tqdm(
-            paths[shard[0] :: shard[1]], f"cache {name} {split}", disable=shard[0] > 0 or None
-        ):
+    for name in map(str.strip, config.subset_names.split(",")):
+        folder, quiet = Path(config.dataset_dir) / name, shard[0] > 0 or None
+        target, mine, complete = latent_cache(config, folder, split, latents)
+        paths = [target / f"{number:09d}.safetensors" for number, _ in mine]
+        for path in tqdm(paths[shard[0] :: shard[1]], f"cache {name} {split}", disable=quiet):
             if not path.exists():
                 episode, z = Episode(folder / split / path.name), []
                 for view, t in itertools.product(config.views, range(0, len(episode), 32)):
                     times = range(t, min(t + 32, len(episode)))
-                    frames = episode.frames(times, [view], config.image_size)
-                    z.append(encode(torch.from_numpy(frames).float() / 255)[0].bfloat16().cpu())
+                    frames = episode.frames(times, [view], config.image_size, np.float32)
+                    z.append(encode(torch.from_numpy(frames))[0].bfloat16().cpu())
                 z = torch.cat(z).unflatten(0, (len(config.views), len(episode)))
                 save_tensors(path, {"z": z}, {"fingerprint": latents})
         if all(path.exists() for path in paths):
             write_atomic(target / "complete.json", complete)
-
-
-def find_latent_cache(config: DataConfig, folder: Path, split: str, latents: str) -> Path:
-    """Return the cache's folder; raise InputError unless it is complete, of just these episodes."""
-    target, _, complete = _cache(config, folder, split, latents)
-    marker = target / "complete.json"
-    if not marker.exists() or marker.read_bytes() != complete:
-        state = "a stale" if marker.exists() else "no complete"
-        raise InputError(f"{target}: {state} latent cache; write it with --cache_latents True")
-    return target
-
-
-def read_latents(path: Path, times: np.ndarray, shape: tuple[int, int], latents: str):
-    """Read the latents of a clip's frames, and no other bytes: (V, T, h, w, C) float32.
-
-    shape  (V, T) of the whole episode, which the file must have
-    """
-    with open_tensors(path) as (file, metadata):
-        rows = file.get_slice("z")
-        found = rows.get_dtype(), len(rows.get_shape()), *rows.get_shape()[:2]
-        if found != ("BF16", 5, *shape) or metadata["fingerprint"] != latents:
-            raise ValueError(f"{found} of {metadata['fingerprint']}")
-        return torch.cat([rows[:, t : t + 1] for t in times.tolist()], dim=1).float()
-
-
-# ------------------------------------------------------------------------------------------------
-# Clips, served.
 
 
 class Clip(NamedTuple):
@@ -1584,31 +1465,34 @@ class EpisodeDataset(torch.utils.data.Dataset):
         self.variable = config.variable_history and split == "train"
         span = (config.num_frames - 1) * (config.stride if config.sampling == "stride" else 1)
         self.dropped, self.sizes = {"missing view": 0, "too short": 0}, []
-        self.headers, self.entries, self.caches = [], [], {}
+        self.entries, self.caches, headers = [], {}, []
         for name in map(str.strip, config.subset_names.split(",")):
-            folder, kept = Path(config.dataset_dir) / name, []
+            folder = Path(config.dataset_dir) / name
             if name in ("", ".", "..") or folder.name != name:
                 raise InputError(f"subset_names: {name!r} is not the name of a data set")
             header, _, splits = read_index(folder)
-            for entry in splits.get(split, []):
-                if not {*config.views} <= {*entry["views"]}:
-                    self.dropped["missing view"] += 1
-                elif entry["length"] <= span:
-                    self.dropped["too short"] += 1
-                else:
-                    kept.append((folder / split, entry))
+            seen = [e for e in splits.get(split, []) if {*config.views} <= {*e["views"]}]
+            kept = [(folder / split, entry) for entry in seen if entry["length"] > span]
+            self.dropped["missing view"] += len(splits.get(split, [])) - len(seen)
+            self.dropped["too short"] += len(seen) - len(kept)
             if not kept:
                 raise InputError(
                     f"{folder}: no usable episode in split {split!r} (dropped: {self.dropped}); "
                     "convert more, shorten the clips or take other views"
                 )
             if latents is not None:
-                self.caches[folder / split] = find_latent_cache(config, folder, split, latents)
-            self.headers.append(header)
+                target, _, complete = latent_cache(config, folder, split, latents)
+                marker = target / "complete.json"
+                if not marker.exists() or marker.read_bytes() != complete:
+                    state = "a stale" if marker.exists() else "no complete"
+                    remedy = "write it with --cache_latents True"
+                    raise InputError(f"{target}: {state} latent cache; {remedy}")
+                self.caches[folder / split] = target
+            headers.append(header)
             self.entries += kept
             self.sizes.append(len(kept))
-        self.fps = min(header["fps"] for header in self.headers)
-        self.action_mapping = "+".join(sorted({h["action_mapping"] for h in self.headers}))
+        self.fps = min(header["fps"] for header in headers)
+        self.action_mapping = "+".join(sorted({header["action_mapping"] for header in headers}))
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -1635,13 +1519,22 @@ class EpisodeDataset(torch.utils.data.Dataset):
         if len(episode) != info["length"]:
             raise InputError(f"{episode.path}: {len(episode)} frames, not as indexed; {REMEDY}")
         if self.latents is None:
-            frames = episode.frames(times, config.views, config.image_size)
-            frames = torch.from_numpy(np.divide(frames, 255, dtype=np.float32))
+            frames = episode.frames(times, config.views, config.image_size, np.float32)
+            frames = torch.from_numpy(frames)
         else:
-            path, shape = episode.path, (len(config.views), len(episode))
-            frames = read_latents(self.caches[path.parent] / path.name, times, shape, self.latents)
+            frames = self.read_latents(episode, times)
         actions = torch.from_numpy(merge_actions(episode.actions, times, config.action_merge))
         return Clip(frames[0] if len(frames) == 1 else frames, actions)
+
+    def read_latents(self, episode: Episode, times: np.ndarray) -> torch.Tensor:
+        """Read the latents of a clip's frames, and no other bytes: (V, T, h, w, C) float32."""
+        path, shape = episode.path, [len(self.config.views), len(episode)]
+        with open_tensors(self.caches[path.parent] / path.name) as (file, metadata):
+            rows = file.get_slice("z")
+            found = rows.get_dtype(), len(rows.get_shape()), rows.get_shape()[:2]
+            if found != ("BF16", 5, shape) or metadata["fingerprint"] != self.latents:
+                raise ValueError(f"{found} of {metadata['fingerprint']}")
+            return torch.cat([rows[:, t : t + 1] for t in times.tolist()], dim=1).float()
 
 
 class ClipSampler(torch.utils.data.Sampler):
@@ -1660,10 +1553,10 @@ class ClipSampler(torch.utils.data.Sampler):
     ):
         self.sizes, self.seed, self.start = dataset.sizes, dataset.config.seed, start
         self.batch_size, self.rank, self.world = batch_size, rank, world
-        weights = dataset.config.weights
-        if weights and len(weights) != len(self.sizes):
+        weights = dataset.config.weights or self.sizes
+        if len(weights) != len(self.sizes):
             raise InputError("subset_weights: give one number per data set")
-        share = np.array(weights or self.sizes) / sum(weights or self.sizes)
+        share = np.array(weights) / sum(weights)
         self.counts = np.maximum(1, np.rint(share * sum(self.sizes))).astype(np.int64).tolist()
         self.epoch_length = sum(self.counts)  # clips, over all processes
         self.order = functools.lru_cache(2)(self._order)
@@ -1691,14 +1584,13 @@ class ClipSampler(torch.utils.data.Sampler):
         return map(self.batch, itertools.count(self.start))
 
 
-# ------------------------------------------------------------------------------------------------
-# Looking at converted data, and the command line.
+# --- Looking at converted data, and the command line.
 
 
 def inspect(folder: Path) -> None:
     """Print what a converted data set holds; write contact_sheet.png and episodes.gif into it."""
     header, records, splits = read_index(folder)
-    sheet, movie, picture = [], [], io.BytesIO()
+    sheet, movie = [], []
     if not splits:
         raise InputError(f"{folder}: holds no episode; run the conversion to its end")
     print(f"{folder}: {json.dumps(header)}")
@@ -1721,10 +1613,8 @@ def inspect(folder: Path) -> None:
         )
         for path, entry in list(zip(paths, entries, strict=True))[:: -(-len(paths) // 6)]:
             episode, last = Episode(path), entry["length"] - 1
-            times = np.linspace(0, last, 8).round()
-            for view, row in zip(
-                episode.views, episode.frames(times, episode.views, 128), strict=True
-            ):
+            rows = episode.frames(np.linspace(0, last, 8).round(), episode.views, 128)
+            for view, row in zip(episode.views, rows, strict=True):
                 strip = Image.new("RGB", (8 * 128, 128 + 14), "white")
                 strip.paste(Image.fromarray(np.concatenate(row, axis=1)), (0, 14))
                 label = f"{split}/{path.stem} camera {view}: {entry['language']!r}"
@@ -1734,8 +1624,8 @@ def inspect(folder: Path) -> None:
     errors = [error for record in records for error in record.get("errors", ())]
     reasons = Counter(re.sub(r"\S*[\d/]\S*", "", error) for error in errors)
     print(f"left out by the conversion: {len(errors)}", *reasons.most_common(), sep="\n  ")
-    Image.fromarray(np.concatenate(sheet)).save(picture, "PNG")
-    write_atomic(folder / "contact_sheet.png", picture.getvalue())
+    image = Image.fromarray(np.concatenate(sheet))
+    write_atomic(folder / "contact_sheet.png", lambda path: image.save(path, "PNG"))
     write_gif(folder / "episodes.gif", np.concatenate(movie[:6], axis=2), header["fps"])
     print(f"written: {folder}/contact_sheet.png, {folder}/episodes.gif")
 
