@@ -86,10 +86,7 @@ def parse_args(cls: type, toy: Any = None, default: Any = None) -> Any:
 
 
 def write_atomic(path: str | Path, write: bytes | Callable[[Path], Any]) -> None:
-    """Write a file beside `path`, fsync it, rename it: a kill leaves the old file or the new one.
-
-    write  bytes, or a function that writes the temporary path it is given
-    """
+    """Write beside `path` (bytes, or by a function of a path), fsync, rename: all or nothing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -141,10 +138,7 @@ def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> tuple[
 
 
 def load_torch(path: str | Path) -> Any:
-    """Read a `.pt` file on the CPU without ever running code in it (weights_only, memory-mapped).
-
-    Raises MissingFileError, or InputError when it is truncated or holds more than plain data.
-    """
+    """Read a `.pt` file on the CPU, memory-mapped, without ever running code in it."""
     remedy = "a file that needs code to run is refused; otherwise fetch or write it again"
     with reading(path, remedy, Exception):  # torch raises a dozen types for broken archives
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -157,10 +151,7 @@ def strip_prefixes(state: dict[str, Any], prefixes: Iterable[str]) -> dict[str, 
 
 
 def load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
-    """Copy `state` into `module`; names and shapes must match exactly.
-
-    Raises InputError naming missing and unexpected keys and the first shapes that differ.
-    """
+    """Copy `state` into `module`; other names or shapes are an InputError that names them."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
@@ -505,7 +496,7 @@ def unpack_example(example: dict, source: Source) -> tuple[list, np.ndarray, dic
 
 
 def _linear(tables: np.ndarray, x: np.ndarray) -> np.ndarray:
-    return tables[0][x & 0xFFFF] ^ tables[1][x >> 16]
+    return tables[0].take(x & 0xFFFF, mode="clip") ^ tables[1].take(x >> 16, mode="clip")
 
 
 @functools.cache
@@ -760,11 +751,7 @@ class ToyWorld:
             right = np.array([forward[1], -forward[0], 0]) / np.hypot(*forward[:2])
             self.cameras.append((eye, np.stack([right, np.cross(forward, right), forward]), focal))
         self.vary = config.table_variation * rng.uniform(-1, 1, 4)
-        self._backgrounds, self._first = {}, self.state()
-
-    def reset(self) -> None:
-        """Go back to the first state."""
-        self.restore(self._first)
+        self._backgrounds = {}
 
     def state(self) -> dict:
         """Return a copy of what changes during an episode."""
@@ -939,17 +926,11 @@ def toy_policy(world: ToyWorld, kind: str, rng: np.random.Generator) -> Iterator
 
     def carry(i, support, error=0.0):
         h, yaw = world.half[i], (world.block[i, 3] + math.pi / 4) % (math.pi / 2) - math.pi / 4
-        at, put = world.block[i, :3] + error - 0.4 * h * UP, support + (0.6 * h + 0.004) * UP
-        yield from [
-            (at + rise, 1, yaw, 14, 0.02),
-            (at, 1, yaw, 6, 0.008),
-            (at + rise, 0, yaw, 6, 0.04),
-        ]
-        yield from [
-            (put + rise, 0, None, 14, 0.02),
-            (put, 0, None, 6, 0.008),
-            (put + rise, 1, None, 6, 0.04),
-        ]
+        pick, put = world.block[i, :3] + error - 0.4 * h * UP, support + (0.6 * h + 0.004) * UP
+        for place, yaw, before, after in ((pick, yaw, 1, 0), (put, None, 0, 1)):
+            yield place + rise, before, yaw, 14, 0.02
+            yield place, before, yaw, 6, 0.008
+            yield place + rise, after, yaw, 6, 0.04
 
     def push(i):
         yaw, at = rng.uniform(-math.pi, math.pi), np.append(world.block[i, :2], 0.02)
@@ -1017,11 +998,7 @@ def toy_state_at(metadata: dict, t: int) -> ToyWorld:
 
 
 def generate_toy(output_dir: str | Path, config: ToyConfig | None = None) -> Path:
-    """Write <output_dir>/toy/{train,test}; a complete set of the same config stays as it is.
-
-    A killed run leaves nothing behind that the next one does not clear away. Raises InputError
-    when the folder holds a set of another config.
-    """
+    """Write <output_dir>/toy/{train,test}; a complete set stays, one of another config is refused."""
     config, folder = config or ToyConfig(), Path(output_dir) / "toy"
     header = {"dataset": "toy", "fps": 5, "action_mapping": "bridge", "image_size": config.size}
     header["toy"] = json.loads(json.dumps({"version": 2, **dataclasses.asdict(config)}))
@@ -1245,13 +1222,10 @@ def convert(args: Args) -> None:
         before, records, splits = read_index(folder)
     numbers = [entry["number"] for split in splits.values() for entry in split] if before else []
     source, base, url, shards, size, read = open_source(args, folder, 1 + max(numbers, default=-1))
-    header = {
-        "dataset": args.dataset_name,
-        "fps": args.fps or source.fps,
-        "action_mapping": args.action_mapping or source.mapping,
-        "image_size": args.image_size,
-    }
-    map_actions(np.zeros(7), header["action_mapping"])  # an unknown name ends here
+    mapping, fps = args.action_mapping or source.mapping, args.fps or source.fps
+    header = {"dataset": args.dataset_name, "fps": fps}
+    header |= {"action_mapping": mapping, "image_size": args.image_size}
+    map_actions(np.zeros(7), mapping)  # an unknown name ends here
     if before not in ({}, header):
         raise InputError(f"{folder} was written with {before}, not {header}; take another one")
     if not before:
@@ -1413,11 +1387,7 @@ def latent_cache(config: DataConfig, folder: Path, split: str, latents: str) -> 
 
 
 def write_latent_cache(
-    config: DataConfig,
-    split: str,
-    latents: str,
-    encode: Callable[[torch.Tensor], torch.Tensor],
-    shard: tuple[int, int] = (0, 1),
+    config: DataConfig, split: str, latents: str, encode: Callable, shard: tuple[int, int] = (0, 1)
 ) -> None:
     """Encode every frame of the config's data sets once; a killed run continues where it was.
 
@@ -1548,9 +1518,7 @@ class ClipSampler(torch.utils.data.Sampler):
     start  number of batches taken before: resumes in the middle of an epoch
     """
 
-    def __init__(
-        self, dataset: EpisodeDataset, batch_size: int, rank: int = 0, world: int = 1, start=0
-    ):
+    def __init__(self, dataset: EpisodeDataset, batch_size: int, rank=0, world=1, start=0):
         self.sizes, self.seed, self.start = dataset.sizes, dataset.config.seed, start
         self.batch_size, self.rank, self.world = batch_size, rank, world
         weights = dataset.config.weights or self.sizes
