@@ -1341,18 +1341,18 @@ def probe_frames(length: int, num_frames: int, sampling: str, fps: float) -> np.
     bookend      0  1  2  3 36 37 38 39   half of them at each end
     final_heavy  0 10 20 24 28 31 35 39   a quarter of them for the first half, the rest after it
     """
-    last, early = length - 1, num_frames // 4 if sampling == "final_heavy" else 0
-    if sampling == "fps_1":
-        step = min(max(1, round(fps)), last // max(1, num_frames - 1))
-        return last - step * np.arange(num_frames)[::-1]
-    if sampling == "bookend":
-        head = num_frames // 2
-        return np.r_[:head, length - num_frames + head : length]
-    middle = length / 2 if early else 0
-    first, rest = np.arange(early) * middle / max(1, early), num_frames - early
-    times = np.rint(np.r_[first, np.linspace(middle, last, rest)]).astype(np.int64)
-    order = np.arange(num_frames)  # where they crowd, earlier ones make room: no frame comes twice
-    return np.minimum.accumulate((times - order)[::-1])[::-1] + order
+    n, last = num_frames, length - 1
+    step = min(max(1, round(fps)), last // max(1, n - 1))
+    early, rest = np.arange(n // 4) * length / 2 / max(1, n // 4), n - n // 4
+    times = {
+        "uniform": np.linspace(0, last, n),
+        "fps_1": last - step * np.arange(n)[::-1],
+        "bookend": np.r_[: n // 2, length - n + n // 2 : length],
+        "final_heavy": np.r_[early, np.linspace(length / 2 if n > 3 else 0, last, rest)],
+    }
+    order = np.arange(n)  # where they crowd, earlier ones make room: no frame comes twice
+    late = (np.rint(times[sampling]).astype(np.int64) - order)[::-1]
+    return np.minimum.accumulate(late)[::-1] + order
 
 
 def draw_frames(length: int, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
