@@ -208,91 +208,127 @@ def rollout(args) -> None:
 
 
 def clips_and_shards(args) -> None:
-    """Time what feeds training: clips against MP4, conversion, checksums, start-up, latent cache."""
+    """Time what feeds training: clips against MP4, conversion, checksums, latent cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        frames = clips(args, Path(folder))
+        conversion(args, Path(folder), frames)
+        for size in ("T", "S"):
+            cached_steps(argparse.Namespace(**{**vars(args), "size": size}), Path(folder))
+
+
+def clips(args, folder: Path) -> list[np.ndarray]:
+    """Time 10-frame clips of a 38-frame episode against its H.264 MP4; return its frames."""
+    from test_data import jpeg
+
+    import data
+
+    rng = np.random.default_rng(0)
+    wide = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    wide = np.asarray(Image.fromarray(wide).resize((512, 512), Image.Resampling.BICUBIC))
+    wide = np.clip(wide + rng.normal(0, 8, wide.shape), 0, 255).astype(np.uint8)
+    frames = [np.ascontiguousarray(wide[3 * t :][:256, 2 * t :][:, :256]) for t in range(38)]
+    data.append_index(folder / "robot", {"fps": 5, "action_mapping": "bridge"})
+    path = folder / "robot/train/000000000.safetensors"
+    entry = data.write_episode(path, [jpeg(f) for f in frames], np.zeros((38, 10)), {})
+    data.append_index(folder / "robot", {"shard": "a", "episodes": {"train": [entry]}})
+    dataset, draws = (
+        data.EpisodeDataset(data.DataConfig(str(folder), "robot"), "train"),
+        itertools.count(),
+    )
+
+    def clip(threads: int) -> None:
+        torch.set_num_threads(threads)
+        dataset[next(draws), 0]
+
+    def video(everything: bool) -> None:
+        """Decode a clip's span from the only key frame, the first; turn frames into floats."""
+        torch.set_num_threads(args.threads)
+        first = int(dataset.info((next(draws), 0))["times"][0])
+        with av.open(str(folder / "a.mp4")) as file:
+            span = list(itertools.islice(file.decode(video=0), first, first + 19))
+            span = [f.to_ndarray(format="rgb24") for f in span[:: 1 if everything else 2]]
+        torch.from_numpy(np.stack(span)).float().div_(255)
+
+    variants = {f"episode file, {args.threads} threads": lambda: clip(args.threads)}
+    variants["episode file, 1 thread"] = lambda: clip(1)
+    try:
+        import av
+    except ImportError:
+        row("no PyAV here: no comparison with MP4")
+    else:
+        with av.open(str(folder / "a.mp4"), "w") as out:
+            stream = out.add_stream("libx264", rate=5)
+            stream.width, stream.height = 256, 256
+            for frame in frames:
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            out.mux(stream.encode())
+        variants["H.264 MP4, PyAV, all 19 frames"] = lambda: video(True)
+        variants["H.264 MP4, PyAV, the 10 kept"] = lambda: video(False)
+    seconds = alternate(variants, 20 * args.rounds)
+    torch.set_num_threads(args.threads)
+    row("a clip of 10 frames, 256 px", "ms", "x file")
+    for name, each in seconds.items():
+        row(name, f"{1e3 * each:.1f}", f"{each / next(iter(seconds.values())):.1f}")
+    return frames
+
+
+def conversion(args, folder: Path, frames: list[np.ndarray]) -> None:
+    """Time converting six shards of 16 episodes against copying what came out."""
     from test_data import bridge_example, jpeg, write_rlds
 
     import data
 
-    with tempfile.TemporaryDirectory() as folder:
-        folder, rng = Path(folder), np.random.default_rng(0)
-        wide = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        wide = np.asarray(Image.fromarray(wide).resize((512, 512), Image.Resampling.BICUBIC))
-        wide = np.clip(wide + rng.normal(0, 8, wide.shape), 0, 255).astype(np.uint8)
-        frames = [np.ascontiguousarray(wide[3 * t :][:256, 2 * t :][:, :256]) for t in range(38)]
-        data.append_index(folder / "robot", {"fps": 5, "action_mapping": "bridge"})
-        path = folder / "robot/train/000000000.safetensors"
-        entry = data.write_episode(path, [jpeg(f) for f in frames], np.zeros((38, 10)), {})
-        data.append_index(folder / "robot", {"shard": "a", "episodes": {"train": [entry]}})
-        config = data.DataConfig(str(folder), "robot")
-        dataset, draws = data.EpisodeDataset(config, "train"), itertools.count()
-        variants = {"episode file": lambda: dataset[next(draws), 0]}
-        try:
-            import av
-        except ImportError:
-            row("no PyAV here: no comparison with MP4")
-        else:
-            with av.open(str(folder / "a.mp4"), "w") as out:
-                stream = out.add_stream("libx264", rate=5)
-                stream.width, stream.height = 256, 256
-                for frame in frames:
-                    out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-                out.mux(stream.encode())
+    example = bridge_example(0, len(frames))
+    for step, frame in zip(example["steps"], frames, strict=True):
+        step["observation"]["image_0"] = jpeg(frame)
+    source = write_rlds(folder / "rlds", {"train": [[example] * 16] * 6, "val": [[example]]})
+    megabytes = sum(p.stat().st_size for p in source.glob("*tfrecord*")) / 1e6
+    start = time.perf_counter()
+    data.convert(data.Args(output_dir=str(folder), source=str(source)))
+    converted = time.perf_counter() - start
+    start = time.perf_counter()
+    for episode in (folder / "bridge_v2").glob("*/*.safetensors"):
+        data.write_atomic(folder / "copy" / episode.name, episode.read_bytes())
+    copied, content = time.perf_counter() - start, next(source.glob("*tfrecord*")).read_bytes()
+    checked = alternate({"crc": lambda: data.masked_crc32c(content)}, args.rounds)["crc"]
+    row(f"{megabytes:.0f} MB of shards", "MB/s")
+    row("convert", f"{megabytes / converted:.0f}")
+    row("copy and fsync the same files", f"{megabytes / copied:.0f}")
+    row("CRC-32C alone", f"{len(content) / 1e6 / checked:.0f}")
 
-            def video():
-                first = int(dataset.info((next(draws), 0))["times"][0])
-                with av.open(str(folder / "a.mp4")) as file:
-                    span = list(itertools.islice(file.decode(video=0), first, first + 19))
-                    shown = np.stack([f.to_ndarray(format="rgb24") for f in span])[::2]
-                return torch.from_numpy(shown).float() / 255
 
-            variants["H.264 MP4, PyAV"] = video
-        seconds = alternate(variants, 20 * args.rounds)
-        row("a clip of 10 frames, 256 px", "ms", "x file")
-        for name, each in seconds.items():
-            row(name, f"{1e3 * each:.1f}", f"{each / seconds['episode file']:.1f}")
+def cached_steps(args, folder: Path) -> None:
+    """Time a training step fed by the latent cache against a ViT-L encoding the same clips."""
+    import data
 
-        example = bridge_example(0, len(frames))
-        for step, frame in zip(example["steps"], frames, strict=True):
-            step["observation"]["image_0"] = jpeg(frame)
-        source = write_rlds(folder / "rlds", {"train": [[example]] * 48, "val": [[example]]})
-        megabytes = sum(p.stat().st_size for p in source.glob("*tfrecord*")) / 1e6
-        start = time.perf_counter()
-        data.convert(data.Args(output_dir=str(folder), source=str(source)))
-        converted = time.perf_counter() - start
-        start = time.perf_counter()
-        for episode in (folder / "bridge_v2").glob("*/*.safetensors"):
-            data.write_atomic(folder / "copy" / episode.name, episode.read_bytes())
-        copied, content = time.perf_counter() - start, next(source.glob("*tfrecord*")).read_bytes()
-        checked = alternate({"crc": lambda: data.masked_crc32c(content)}, args.rounds)["crc"]
-        row(f"{megabytes:.0f} MB of shards", "MB/s")
-        row("convert", f"{megabytes / converted:.0f}")
-        row("copy and fsync the same files", f"{megabytes / copied:.0f}")
-        row("CRC-32C alone", f"{len(content) / 1e6 / checked:.0f}")
+    layer = torch.nn.TransformerEncoderLayer(1024, 16, 4096, batch_first=True, norm_first=True)
+    vit = torch.nn.TransformerEncoder(layer, 24, enable_nested_tensor=False).eval()
+    patches, narrow = torch.nn.Linear(768, 1024), torch.nn.Linear(1024, args.channels)
 
-        layer = torch.nn.TransformerEncoderLayer(1024, 16, 4096, batch_first=True, norm_first=True)
-        vit = torch.nn.TransformerEncoder(layer, 24, enable_nested_tensor=False).eval()
-        patches, narrow = torch.nn.Linear(768, 1024), torch.nn.Linear(1024, args.channels)
+    @torch.no_grad()
+    def encode(frames):
+        x = frames[0].unflatten(1, (16, 16)).unflatten(3, (16, 16)).transpose(2, 3)
+        z = narrow(vit(patches(x.reshape(-1, 256, 768))))
+        return z.unflatten(1, (16, 16))[None]
 
-        @torch.no_grad()
-        def encode(frames):
-            x = frames[0].unflatten(1, (16, 16)).unflatten(3, (16, 16)).transpose(2, 3)
-            z = narrow(vit(patches(x.reshape(-1, 256, 768))))
-            return z.unflatten(1, (16, 16))[None]
-
-        data.write_latent_cache(config, "train", "bench", encode)
-        cached = data.EpisodeDataset(config, "train", "bench")
-        step = train_step(args, "ours")
-        variants = {
-            "step from the cache": lambda: (cached[next(draws), 0], step()),
-            "step, ViT-L on the fly": lambda: (
-                encode(dataset[next(draws), 0].frames[None]),
-                step(),
-            ),
-        }
-        seconds = alternate(variants, max(1, args.rounds // 2))
-        row(f"DiT-{args.size}, batch {args.batch}", "seconds", "x cache")
-        for name, each in seconds.items():
-            row(name, f"{each:.2f}", f"{each / seconds['step from the cache']:.1f}")
+    config = data.DataConfig(str(folder), "robot")
+    data.write_latent_cache(config, "train", f"bench {args.size}", encode)
+    cached = data.EpisodeDataset(config, "train", f"bench {args.size}")
+    dataset, draws = data.EpisodeDataset(config, "train"), itertools.count()
+    step, stored = train_step(args, "ours"), [dataset[i, 0].frames[None] for i in range(args.batch)]
+    variants = {
+        "read latents": lambda: [cached[next(draws), 0] for _ in range(args.batch)],
+        "read and decode frames": lambda: [dataset[next(draws), 0] for _ in range(args.batch)],
+        "encode them with ViT-L": lambda: [encode(frames) for frames in stored],
+        "train the DiT on latents": step,
+    }
+    read, decode, encoded, trained = alternate(variants, args.rounds).values()
+    row(f"DiT-{args.size}, {args.batch} clips of 10 frames", "seconds", "x cache")
+    for name, each in zip(variants, (read, decode, encoded, trained), strict=True):
+        row(name, f"{each:.3f}")
+    row("step from the cache", f"{read + trained:.3f}", "1.0")
+    whole = decode + encoded + trained
+    row("step, ViT-L on the fly", f"{whole:.3f}", f"{whole / (read + trained):.1f}")
 
 
 def vit_large(args) -> None:
