@@ -52,6 +52,9 @@ from tqdm import tqdm
 # --- Errors, files, processes, pictures: everyone may import this section.
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 class InputError(ValueError):
     """Report a fault in what the user typed or in a file, in one sentence: what, where, remedy."""
 
@@ -63,19 +66,19 @@ class MissingFileError(InputError, FileNotFoundError):
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's `main`; print our own errors without a traceback and exit with code 2."""
+    """Run a script's `main`; print our errors and a full disk without a traceback, exit code 2."""
     try:
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        full = getattr(error, "errno", None) in DISK_FULL
+        if not full and not isinstance(error, InputError):
+            raise
+        print(f"error: {error}{'; free space, run again' if full else ''}", file=sys.stderr)
         sys.exit(2)
 
 
 def parse_args(cls: type, toy: Any = None, default: Any = None) -> Any:
-    """Parse the command line into a config dataclass with tyro: `--flag value` for every field.
-
-    Defaults are those of `toy` where the first word is "toy", else `default`, else the class's.
-    """
+    """Parse the command line with tyro; a first word `toy` puts `toy` in the defaults' place."""
     import tyro
 
     words = [{"true": "True", "false": "False"}.get(word, word) for word in sys.argv[1:]]
@@ -547,14 +550,10 @@ def masked_crc32c(message: bytes) -> int:
 
 
 def load_features(folder: Path, source: Source) -> tuple[Any, Any]:
-    """Load an RLDS schema: (features, decoders that leave every image as bytes).
-
-    Raises InputError where a feature that we need is missing, or where loading the schema would
-    import a class from outside tensorflow-datasets.
-    """
+    """Load an RLDS schema: (features, decoders that leave every image as bytes)."""
     import tensorflow_datasets as tfds
 
-    def refuse_foreign(node: dict) -> None:
+    def refuse_foreign(node: dict) -> None:  # loading the schema would import it
         for name in (node.get("pythonClassName"), node.get("type")):
             if isinstance(name, str) and not name.startswith("tensorflow_datasets."):
                 raise InputError(f"{folder}/features.json: class {name} is not from RLDS; refused")
@@ -1035,8 +1034,6 @@ def generate_toy(output_dir: str | Path, config: ToyConfig | None = None) -> Pat
 
 
 # --- Converting: shards come from a folder or over HTTPS and become episode files.
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclasses.dataclass

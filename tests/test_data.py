@@ -1299,6 +1299,18 @@ def test_command_line_converts_inspects_and_answers_in_one_sentence(tmp_path, ca
         assert code == 2 and said.startswith("error: ") and len(said.strip().splitlines()) == 1
 
 
+def test_a_full_disk_anywhere_ends_in_one_sentence(capsys, monkeypatch):
+    def main():
+        raise OSError(errno.ENOSPC, "No space left on device", "last.pt")
+
+    monkeypatch.setattr(data, "main", main)
+    code, _, said = run(capsys, monkeypatch)
+    assert code == 2 and "No space left" in said and "last.pt" in said and "free space" in said
+    monkeypatch.setattr(data, "main", lambda: open("/nowhere/at/all"))
+    with pytest.raises(FileNotFoundError):  # what is not ours keeps its traceback
+        run(capsys, monkeypatch)
+
+
 def test_help_names_the_older_bridge_and_the_form_of_own_data(capsys, monkeypatch):
     code, said, _ = run(capsys, monkeypatch, "--help")
     said = " ".join(said.replace("│", " ").split())
