@@ -6,10 +6,8 @@
     DDPM           z_k = sqrt(a_k) z + sqrt(1 - a_k) eps     v = sqrt(a_k) eps - sqrt(1 - a_k) z
 
 Flow matching: Lipman et al. 2023; shifted times: Esser et al. 2024, sec. 5.3.2. DDPM: Ho et al.
-2020; v-prediction: Salimans & Ho 2022; DDIM steps: Song et al. 2021.
-
-Every frame has its own noise level; a rollout denoises one frame at a time behind the known ones.
-Noise levels, targets and steps are float32 even under autocast.
+2020; v-prediction: Salimans & Ho 2022; DDIM steps: Song et al. 2021. Every frame has its own noise
+level; a rollout denoises one frame at a time. All of it is float32 even under autocast.
 
 Shapes: B batch, T frames, h w latent grid, C latent channels, A action width.
     z, eps, z_tau, v  (B, T, h, w, C)   clean latents, unit Gaussian, noised latents, velocity
@@ -67,8 +65,8 @@ def alphas_cumprod(device: str | torch.device = "cpu") -> Tensor:
 def draw(kind: Callable, shape, like: Tensor, generator=None, shard=(0, 1)) -> Tensor:
     """Draw for the global batch and take this process's slice, so that N processes equal one.
 
-    kind is torch.randn or torch.rand, shape that of this process's share, batch first, and shard
-    its (index, count). Draws are float32, made on the generator's device and moved to `like`'s.
+    kind is torch.randn or torch.rand, shape that of this process's share, shard its (index, count).
+    Draws are float32, made on the generator's device and moved to `like`'s.
     """
     (index, count), B = shard, shape[0]
     device = like.device if generator is None else generator.device
@@ -83,9 +81,9 @@ def null_action(actions: Tensor) -> Tensor:
     return null
 
 
-def both(x: Tensor, guidance: float, x_null: Tensor | None = None) -> Tensor:
+def both(x: Tensor, guidance: float, null: Callable = lambda x: x) -> Tensor:
     """Stack the branches of guidance, with and without action, along the batch."""
-    return x if guidance == 1.0 else torch.cat((x, x if x_null is None else x_null))
+    return x if guidance == 1.0 else torch.cat((x, null(x)))
 
 
 def guide(v: Tensor, guidance: float) -> Tensor:
@@ -100,12 +98,11 @@ def guide(v: Tensor, guidance: float) -> Tensor:
 class Objective:
     """Share the loss and the climb from one denoising step to a rollout.
 
-    Subclasses give noised(z, num_history, draw) -> (z_tau, tau, v, first scored frame),
-    levels() -> the noise level of every step, step(z, v, k) -> z one step cleaner, and
-    condition(z) -> known frames as the model sees them: (z_tau, tau).
+    Subclasses give noised(z, num_history, draw) -> (z_tau, tau, v, first scored frame), levels(),
+    step(z, v, k) -> z one step cleaner, condition(z) -> known frames as the model sees them.
     """
 
-    shift: float = 1.0  # g of `shift_tau`, see `time_shift`
+    shift: float = 1.0  # g of `shift_tau`
     steps: int = 10  # denoising steps a frame
 
     def __post_init__(self):
@@ -149,7 +146,7 @@ class Objective:
         z (B, n, h, w, C), actions (B, n + 1, A), eps (B, 1, h, w, C)  ->  (B, 1, h, w, C)
         """
         levels, (z_known, tau_known) = self.levels(), self.condition(z)
-        actions = both(actions, guidance, null_action(actions))
+        actions = both(actions, guidance, null_action)
 
         def velocity(z_new: Tensor, k: int) -> Tensor:
             tau = torch.cat((tau_known, tau_known.new_full((len(z), 1), levels[k])), 1)
@@ -162,20 +159,20 @@ class Objective:
     def encode_context(self, model, z: Tensor, actions: Tensor, guidance: float = 1.0, cache=None):
         """Give the context cache of known frames (B, n, ...): n < max_frames, also 0."""
         z, tau = (both(x, guidance) for x in self.condition(z))
-        return model.encode_context(z, tau, both(actions, guidance, null_action(actions)), cache)
+        return model.encode_context(z, tau, both(actions, guidance, null_action), cache)
 
     def append(self, model, cache, z: Tensor, action: Tensor, guidance: float = 1.0) -> None:
         """Add one known frame (B, 1, h, w, C) with its action (B, A) to the cache."""
         z, tau = (both(x, guidance) for x in self.condition(z))
-        action = both(action, guidance, null_action(action))[:, None]
-        model.denoise(z, model.modulations(tau, action), cache, keep=True)
+        actions = both(action, guidance, null_action)[:, None]
+        model.denoise(z, model.modulations(tau, actions), cache, keep=True)
 
     def next_frame(self, model, cache, action: Tensor, eps: Tensor, guidance: float = 1.0):
         """Denoise the frame after the cached ones; the cache is left as it was.
 
         action (B, A) beside the new frame, eps (B, 1, h, w, C)  ->  (B, 1, h, w, C)
         """
-        action = both(action, guidance, null_action(action))
+        action = both(action, guidance, null_action)
         tau = torch.tensor(self.levels()[: self.steps], device=eps.device).expand(len(action), -1)
         modulations = model.modulations(tau, action[:, None].expand(-1, self.steps, -1))
 
@@ -197,45 +194,48 @@ class Objective:
         generator: torch.Generator | None = None,
         context: str = "exact",
     ) -> Tensor:
-        """Dream num_frames frames after z_context, one at a time.
+        """Dream num_frames frames after z_context (B, n, h, w, C); actions (B, n + num_frames, A).
 
-        The window is `model.config.max_frames`; a callable without config sees all frames.
-        A callable without cache methods is run on the whole window at every step.
-
-        z_context  (B, n, h, w, C)           known frames, returned unchanged in front
-        actions    (B, n + num_frames, A)
-        guidance   1.0 skips the branch without actions
-        noise      (B, num_frames, h, w, C)  fixes every draw; else drawn from `generator`
-        context    exact: a full window is encoded anew for every frame; rolling: it keeps its
-                   keys and values as it slides (approximate, 11 frame passes instead of 19)
-        ->         (B, n + num_frames, h, w, C)
+        noise     (B, num_frames, h, w, C)  fixes every draw; else drawn from `generator`
+        guidance  1.0 skips the branch without actions; context: see `extend`
+        ->        (B, n + num_frames, h, w, C)   z_context in front
         """
-        B, n, *cell = z_context.shape
-        total = n + num_frames
         if noise is None:
-            noise = draw(torch.randn, (B, num_frames, *cell), z_context, generator)
-        if actions.shape[:2] != (B, total) or noise.shape != (B, num_frames, *cell):
+            shape = (len(z_context), num_frames, *z_context.shape[2:])
+            noise = draw(torch.randn, shape, z_context, generator)
+        return self.extend(model, z_context.float(), actions, noise, guidance, context)[0]
+
+    def extend(self, model, z, actions, noise, guidance=1.0, context="exact", cache=None):
+        """Do a rollout, or go on with one: -> all frames (B, n + k, ...) and their context cache.
+
+        The window is `model.config.max_frames`; a callable without config sees all frames, one
+        without cache methods is run on the whole window at every step (so gradients can pass).
+        z        (B, n, h, w, C)  known frames; those in the cache may be missing in front
+        actions  (B, n + k, A)    beside known and new frames;  noise  (B, k, h, w, C)
+        context  exact: a full window is encoded anew for every frame; rolling: it keeps its keys
+                 and values as it slides (approximate, 11 frame passes instead of 19)
+        cache    of all frames before the last of z, as an earlier call gave it; changed in place
+        """
+        (B, n, *cell), k = z.shape, noise.shape[1]
+        if actions.shape[:2] != (B, n + k) or noise.shape != (B, k, *cell):
             got = f"actions {tuple(actions.shape)} and noise {tuple(noise.shape)}"
-            needed = f"actions ({B}, {total}, A) and noise {(B, num_frames, *cell)}"
-            raise InputError(f"rollout of {num_frames} frames got {got}; give {needed}")
+            raise InputError(f"rollout got {got}; give ({B}, {n + k}, A) and {(B, k, *cell)}")
         if context not in ("exact", "rolling"):
             raise InputError(f"context is {context!r}; choose exact or rolling")
-        window = model.config.max_frames if hasattr(model, "config") else total
-        cached, cache = hasattr(model, "encode_context"), None
-        z = torch.cat((z_context.float(), noise.float()), 1)
-        for t in range(n, total):
-            eps, first = z[:, t : t + 1], max(0, t + 1 - window)
-            known, beside = z[:, first:t], actions[:, first : t + 1]
+        window = model.config.max_frames if hasattr(model, "config") else n + k
+        frames, cached = [z[:, t : t + 1] for t in range(n)], hasattr(model, "encode_context")
+        for t in range(n, n + k):
+            first, eps = max(0, t + 1 - window), noise[:, t - n : t - n + 1].float()
+            known, beside = torch.cat((z[:, :0], *frames[first:t]), 1), actions[:, first : t + 1]
             if not cached:
-                new = self.next_frame_uncached(model, known, beside, eps, guidance)
+                frames.append(self.next_frame_uncached(model, known, beside, eps, guidance))
+                continue
+            if cache is None or (context == "exact" and cache.frames == window - 1):
+                cache = self.encode_context(model, known, beside[:, :-1], guidance, cache)
             else:
-                if cache is None or (context == "exact" and cache.frames == window - 1):
-                    cache = self.encode_context(model, known, beside[:, :-1], guidance, cache)
-                else:
-                    self.append(model, cache, z[:, t - 1 : t], actions[:, t - 1], guidance)
-                new = self.next_frame(model, cache, actions[:, t], eps, guidance)
-            z[:, t : t + 1] = new
-        return z
+                self.append(model, cache, frames[-1], actions[:, t - 1], guidance)
+            frames.append(self.next_frame(model, cache, actions[:, t], eps, guidance))
+        return torch.cat((z[:, :0], *frames), 1), cache
 
 
 @dataclass

@@ -17,6 +17,8 @@ H heads, E head dim, A action width. Tokens x are (B, T, N, D); all attention ru
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -129,9 +131,9 @@ cached_rope = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(build_
 
 
 def norm_rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Normalise each head by its RMS, then rotate adjacent channel pairs, all in float32:
+    """Normalise each head of x (B, T, N, H, E) by its RMS, then rotate adjacent channel pairs:
 
-    (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin).   x (B, T, N, H, E), table from `build_rope`
+    (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin), all in float32
     """
     y = F.rms_norm(x.float(), x.shape[-1:], eps=QK_NORM_EPS).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # the compiler fuses this, and knows no complex numbers
@@ -237,9 +239,11 @@ class ContextCache:
     position: int  # frames seen since `encode_context`; a full cache has overwritten the oldest
     kv: dict[int, Tensor]  # layer: (2, B, window, N, H, E), made at first use; slots have no order
 
-    def expand(self, n: int) -> ContextCache:
-        """Copy every sample n times, for n candidates each."""
-        return replace(self, kv={i: x.repeat_interleave(n, 1) for i, x in self.kv.items()})
+    def expand(self, n: int, room: int | None = None) -> ContextCache:
+        """Copy every sample n times, for n candidates each; room: only that many frames more."""
+        end = room and self.frames + room
+        kv = {i: x[:, :, :end].repeat_interleave(n, 1) for i, x in self.kv.items()}
+        return replace(self, kv=kv)
 
 
 class Block(nn.Module):
@@ -265,8 +269,9 @@ class Block(nn.Module):
 
 
 def timestep_embedding(tau: Tensor) -> Tensor:
-    """Embed 1000 tau as [cos, sin] of 128 frequencies 10000^(-i / 128), in float32."""
-    angles = axis_angles(1000 * tau.float(), 256)
+    """Embed 1000 tau as [cos, sin] of 128 frequencies exp(-ln(10000) i / 128), in float32."""
+    waves = torch.exp(-math.log(10000) * torch.arange(128, device=tau.device) / 128)
+    angles = 1000 * tau.float()[..., None] * waves
     return torch.cat((angles.cos(), angles.sin()), -1)
 
 
@@ -321,8 +326,7 @@ class DiT(nn.Module):
     def modulations(self, tau: Tensor, actions: Tensor) -> list[Tensor]:
         """Turn noise levels (B, T) and actions (B, T, A) into what every block is modulated with.
 
-        -> (B, T, 1, ...) for spatial and temporal blocks in turn, then for the head. The denoising
-        steps of one frame may stand for T: one product serves all of them.
+        -> (B, T, 1, ...) for every block and the head; denoising steps of one frame may stand for T
         """
         if actions.shape != (*tau.shape, self.config.action_dim):
             needed = (*tau.shape, self.config.action_dim)
@@ -362,17 +366,18 @@ class DiT(nn.Module):
     # -- frame by frame: encode_context once, then denoise at every noise level and keep the result
 
     def encode_context(self, z, tau, actions, cache: ContextCache | None = None) -> ContextCache:
-        """Compute the keys and values of known frames, one frame pass each.
+        """Compute the keys and values of known frames, one frame pass each; T < max_frames, also 0.
 
-        z, tau, actions  as in `forward`, T < max_frames; T = 0 gives an empty cache
-        cache            an older one of the same batch and grid, whose memory is used again
+        cache  an older one of this batch and grid, whose memory is used again
         """
         T, window = z.shape[1], self.config.max_frames
         if T >= window:
             raise InputError(f"a window of {window} holds {window - 1} known frames, not {T}")
         cache = ContextCache(window, 0, 0, cache.kv if cache else {})
-        if T:
-            self.denoise(z, self.modulations(tau, actions), cache, keep=True)
+        modulations = self.modulations(tau, actions) if T else []
+        step = 1 if z.device.type == "cpu" else window  # one frame at a time fits a CPU's caches
+        for part in (slice(t, t + step) for t in range(0, T, step)):
+            self.denoise(z[:, part], [m[:, part] for m in modulations], cache, keep=True)
         return cache
 
     @torch.no_grad()
@@ -380,8 +385,7 @@ class DiT(nn.Module):
         """Predict v of the frame (B, 1, h, w, C) after the cached ones, or keep it in the cache.
 
         modulations  `modulations(tau, actions)` of this frame (T = 1) at this noise level
-        keep         a full cache gives up its oldest frame for this one; from then on it is
-                     approximate, because the other keys have seen frames that are gone
+        keep         a full cache gives up its oldest frame, which the other keys still have seen
         """
         T, n, room = z.shape[1], cache.frames, cache.window - 1
         slot, past = n, n + T
@@ -420,19 +424,14 @@ def released_state(content: object, where: str) -> dict[str, Tensor]:
 
 
 def load_dit(path: str | Path, **overrides) -> DiT:
-    """Load our `world_model.safetensors` or a released `.pt`, exactly or not at all.
+    """Load our `world_model.safetensors` or a released `.pt`, exactly or not at all, in eval mode.
 
-    overrides  config fields that released weights do not show: temporal_mode, num_views,
-               view_rope, max_frames, action_dropout, and heads where they do not follow the
-               size table (head dim 64, 72 at width 1152)
-    ->         DiT in eval mode, float32, on the CPU
+    overrides  config fields that released weights do not show: temporal_mode, num_views, view_rope,
+               max_frames, action_dropout; heads if not of dim 64 (72 at width 1152)
     Raises InputError for anything missing, left over, ambiguous or contradictory.
     """
-    where, metadata = str(path), {}
-    if Path(path).suffix == ".safetensors":
-        state, metadata = load_tensors(path)
-    else:
-        state = load_torch(path)
+    where, ours = str(path), Path(path).suffix == ".safetensors"
+    state, metadata = load_tensors(path) if ours else (load_torch(path), {})
     if "dit_config" in metadata:
         fields = metadata["dit_config"]
         state = {name[4:]: x for name, x in state.items() if name.startswith("dit.")}
@@ -469,12 +468,13 @@ if __name__ == "__main__":
 
     print("parameters (M) and GFLOP a frame: forward, 16 x 16 patches, T = 10, 2 per multiply-add")
     columns = (16, 2, False), (96, 1, False), (96, 1, True), (1024, 1, True), (1152, 1, True)
-    for C, p, wide in columns:
-        for size, shape in DIT_SIZES.items():
+    for (C, p, wide), (size, shape) in itertools.product(columns, DIT_SIZES.items()):
+        counts = []
+        for depth in (1, 2):  # every further layer adds the same
             with torch.device("meta"), FlopCounterMode(display=False) as flops:
-                dit = DiT(DiTConfig(C, p, wide_head=wide, **shape)).eval()
+                dit = DiT(DiTConfig(C, p, wide_head=wide, **shape | {"depth": depth})).eval()
                 dit(*(torch.empty(1, 10, *s) for s in ((16 * p, 16 * p, C), (), (10,))))
-            millions = sum(x.numel() for x in dit.parameters()) / 1e6
-            gflop, head = flops.get_total_flops() / 1e10, "wide" if wide else "    "
-            print(f"DiT-{size:2} C={C:4} p={p} {head} {millions:9.3f} {gflop:7.1f}")
+            counts += sum(x.numel() for x in dit.parameters()) / 1e6, flops.get_total_flops() / 1e10
+        M, G = (a + (shape["depth"] - 1) * (b - a) for a, b in (counts[::2], counts[1::2]))
+        print(f"DiT-{size:2} C={C:4} p={p} {'wide' if wide else '    '} {M:9.3f} {G:7.1f}")
     print("the paper's DiT-L: 316.5 (C=96), 318.7 (C=1024 wide), 318.8 (C=1152 wide)")

@@ -13,9 +13,10 @@ B may be left out: what comes back then has none either.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import hashlib
-import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,22 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import data as files
 from adapter import load_adapter
-from data import (
-    InputError,
-    MissingFileError,
-    config_from,
-    decode_frame,
-    load_tensors,
-    map_actions,
-    parse_args,
-    run_cli,
-    save_tensors,
-    write_gif,
-)
-from diffusion import Objective, objective_from
-from dit import DiT, load_dit, merge_views, split_views
+from data import InputError
+from diffusion import Objective, draw, objective_from
+from dit import ContextCache, DiT, load_dit, merge_views, split_views
 from encoders import EncoderConfig, create_autoencoder
+
+Array = Tensor | np.ndarray
 
 
 class LatentSpace(nn.Module):
@@ -49,18 +42,11 @@ class LatentSpace(nn.Module):
     mean, std  (C,)   z = (latent - mean) / std; None: latents as they are
     """
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        adapter: nn.Module | None = None,
-        pixel_decoder: nn.Module | None = None,
-        num_views: int = 1,
-    ):
+    def __init__(self, encoder, adapter=None, pixel_decoder=None, num_views: int = 1):
         super().__init__()
         self.encoder, self.adapter, self.pixel_decoder = encoder, adapter, pixel_decoder
-        self.num_views = num_views
+        self.num_views, self.temporal_stride = num_views, encoder.temporal_stride
         self.latent_dim = adapter.latent_dim if adapter else encoder.latent_dim
-        self.temporal_stride = encoder.temporal_stride
         self.has_decoder = pixel_decoder is not None or encoder.has_decoder
         self.register_buffer("mean", None, persistent=False)
         self.register_buffer("std", None, persistent=False)
@@ -85,10 +71,7 @@ class LatentSpace(nn.Module):
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Decode latents: (B, T', h, V w, C) -> (B, [V,] T, H, W, 3), float32 in [0, 1].
-
-        Raises InputError when neither the encoder nor the adapter file has a decoder.
-        """
+        """Decode latents: (B, T', h, V w, C) -> (B, [V,] T, H, W, 3), float32 in [0, 1]."""
         B, V = len(z), self.num_views
         z = split_views(z, V).flatten(0, 1) if V > 1 else z
         z = z if self.mean is None else z * self.std + self.mean
@@ -113,97 +96,72 @@ class LatentSpace(nn.Module):
         return f"{self.encoder.fingerprint}-adapter-{digest.hexdigest()[:16]}"
 
 
-def build_latent_space(
-    config: EncoderConfig, adapter_path: str | None = None, num_views: int = 1
-) -> LatentSpace:
+def build_latent_space(config: EncoderConfig, adapter_path=None, num_views=1) -> LatentSpace:
     """Create the encoder and, if a file is given, the adapter, which must belong to the encoder."""
     encoder = create_autoencoder(config)
-    if adapter_path is None:
-        return LatentSpace(encoder, num_views=num_views)
-    parts = load_adapter(adapter_path, encoder.fingerprint)
+    parts = load_adapter(adapter_path, encoder.fingerprint) if adapter_path else ()
     return LatentSpace(encoder, *parts, num_views=num_views)
 
 
 # ------------------------------------------------------------------------------------------------
-# Planning. cost maps candidates (N, k, A) to (N,); entries of `start` (k, A) outside `dims` stay as
+# Planning. cost maps candidates (N, k, A) to (N,). Entries of `start` (k, A) outside `dims` stay as
 # they are, the others stay in [-limit, limit]. All return the best actions seen (k, A), their cost.
 
 SEARCHED = range(7)  # position, rotation, gripper; the base does not move
 
 
+def replace_dims(start: Tensor, dims: Sequence[int], values: Tensor) -> Tensor:
+    """Copy `start` (k, A) with its entries `dims` set to values (N, k, len(dims)): (N, k, A)."""
+    index = torch.tensor(list(dims), device=start.device)
+    return start.expand(len(values), -1, -1).index_copy(2, index, values)
+
+
 def plan_cem(
-    cost: Callable[[Tensor], Tensor],
-    start: Tensor,
-    dims: Sequence[int] = SEARCHED,
-    limit: float = 2.0,
-    population: int = 400,
-    elites: int = 50,
-    iterations: int = 5,
-    generator: torch.Generator | None = None,
+    cost, start, dims=SEARCHED, limit=2.0, population=400, elites=50, iterations=5, generator=None
 ) -> tuple[Tensor, Tensor]:
     """Fit a Gaussian to the best candidates again and again: cross-entropy method.
 
     The mean begins at `start`, the deviation at a quarter of the range  [arXiv 2605.06388, B.5]
     """
-    dims, device = list(dims), generator.device if generator else start.device
-    mean, std = start[:, dims], torch.full_like(start[:, dims], 2 * limit / 4)
-    best, best_cost = start, start.new_tensor(float("inf"))
+    if not 2 <= elites <= population or iterations < 1:
+        raise InputError(f"CEM: {elites} elites of {population}; keep 2 or more in 1 turn or more")
+    mean, tried = start[:, list(dims)], []
+    std = torch.full_like(mean, 2 * limit / 4)
     for _ in range(iterations):
-        eps = torch.randn((population, *mean.shape), generator=generator, device=device)
-        candidates = start.repeat(population, 1, 1)
-        candidates[:, :, dims] = (mean + std * eps.to(start.device)).clamp(-limit, limit)
-        costs, order = cost(candidates).sort()
-        elite = candidates[order[:elites]]
-        mean, std = elite[:, :, dims].mean(0), elite[:, :, dims].std(0).clamp_min(1e-4)
-        best = torch.where(costs[0] < best_cost, elite[0], best)
-        best_cost = torch.minimum(costs[0], best_cost)
-    return best, best_cost
+        eps = draw(torch.randn, (population, *mean.shape), start, generator)
+        values = (mean + std * eps).clamp(-limit, limit)
+        costs, order = cost(replace_dims(start, dims, values)).sort()
+        tried.append((costs[0], values[order[:1]]))
+        elite = values[order[:elites]]
+        mean, std = elite.mean(0), elite.std(0).clamp_min(1e-4)
+    best_cost, best = min(tried, key=lambda pair: pair[0])
+    return replace_dims(start, dims, best)[0], best_cost
 
 
-def plan_gradient(
-    cost: Callable[[Tensor], Tensor],
-    start: Tensor,
-    dims: Sequence[int] = SEARCHED,
-    limit: float = 2.0,
-    steps: int = 50,
-    lr: float = 0.01,
-) -> tuple[Tensor, Tensor]:
+def plan_gradient(cost, start, dims=SEARCHED, limit=2.0, steps=50, lr=0.01):
     """Descend the cost's gradient with Adam."""
-    dims = list(dims)
-    free = start[:, dims].clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([free], lr=lr)
-    best, best_cost = start, start.new_tensor(float("inf"))
+    free, tried = start[None, :, list(dims)].clone().requires_grad_(True), []
+    adam = torch.optim.Adam([free], lr=lr)
     for _ in range(steps + 1):
         with torch.enable_grad():
-            actions = start.clone()
-            actions[:, dims] = free.clamp(-limit, limit)
-            value = cost(actions[None])[0]
+            actions = replace_dims(start, dims, free.clamp(-limit, limit))
+            value = cost(actions)[0]
             (free.grad,) = torch.autograd.grad(value, free)
-        best = torch.where(value.detach() < best_cost, actions.detach(), best)
-        best_cost = torch.minimum(value.detach(), best_cost)
-        optimizer.step()
-    return best, best_cost
+        tried.append((value.detach(), actions[0].detach()))
+        adam.step()
+    return min(tried, key=lambda pair: pair[0])[::-1]
 
 
-def plan_grid(
-    cost: Callable[[Tensor], Tensor],
-    start: Tensor,
-    dims: Sequence[int] = range(3),
-    limit: float = 2.0,
-    points: int = 5,
-    most: int = 100_000,
-) -> tuple[Tensor, Tensor]:
+def plan_grid(cost, start, dims=range(3), limit=2.0, points=5, most=100_000):
     """Try every combination of evenly spaced values; refuse more than `most` of them."""
-    dims = list(dims)
     free = len(dims) * len(start)
     if points**free > most:
         raise InputError(
-            f"a grid of {points} points over {len(dims)} entries of {len(start)} actions has "
+            f"grid: {points} points for {len(dims)} entries of {len(start)} actions are "
             f"{points**free} candidates, over {most}; take fewer entries or points, or CEM"
         )
     grid = torch.cartesian_prod(*[torch.linspace(-limit, limit, points)] * free).to(start)
-    candidates = start.repeat(len(grid), 1, 1)
-    candidates[:, :, dims] = grid.view(len(grid), len(start), len(dims))
+    candidates = replace_dims(start, dims, grid.view(-1, len(start), len(dims)))
     costs = cost(candidates)
     return candidates[costs.argmin()], costs.min()
 
@@ -212,14 +170,7 @@ PLANNERS = {"cem": plan_cem, "gradient": plan_gradient, "grid": plan_grid}
 
 
 def candidate_cost(
-    model: Callable,
-    objective: Objective,
-    z_context: Tensor,
-    known: Tensor,
-    z_target: Tensor,
-    noise: Tensor,
-    last_action: Tensor | None = None,
-    batch: int = 32,
+    model, objective, z_context, known, z_target, noise, last_action=None, batch: int = 32
 ) -> Callable[[Tensor], Tensor]:
     """Make the cost of k candidate actions: squared distance of the dreamed latents to a target.
 
@@ -232,34 +183,28 @@ def candidate_cost(
     noise        (k, h, w, C)        gives k, the number of dreamed frames
     last_action  (A,)                beside the last dreamed frame; None: the candidate's last
     """
-    k = len(noise)
+    k, cached = len(noise), hasattr(model, "encode_context")
     room = model.config.max_frames - k if hasattr(model, "config") else len(z_context)
     if room < 1:
         raise InputError(f"horizon {k}: the model sees {model.config.max_frames} frames in all")
     z_context = z_context[-room:]
     known = known[len(known) + 1 - len(z_context) :]
-    cached = hasattr(model, "encode_context")
-    shared = cached and objective.encode_context(model, z_context[None, :-1], known[None])
+    shared = objective.encode_context(model, z_context[None, :-1], known[None]) if cached else None
 
-    def spread(x: Tensor, count: int) -> Tensor:
-        return x.expand(count, *x.shape)
+    def spread(x: Tensor, a: Tensor) -> Tensor:
+        return x.expand(len(a), *x.shape)
 
     def dream(a: Tensor) -> Tensor:
-        if cached and not a.requires_grad:  # autograd cannot pass through a cache
-            cache, z = shared.expand(len(a)), spread(z_context[-1:], len(a))
-            for j in range(k):
-                objective.append(model, cache, z[:, -1:], a[:, j])
-                eps = spread(noise[j : j + 1], len(a))
-                z = torch.cat((z, objective.next_frame(model, cache, a[:, j + 1], eps)), 1)
-        else:
-            z, beside = spread(z_context, len(a)), torch.cat((spread(known, len(a)), a), 1)
-            for j in range(k):
-                eps, acts = spread(noise[j : j + 1], len(a)), beside[:, : z.shape[1] + 1]
-                z = torch.cat((z, objective.next_frame_uncached(model, z, acts, eps)), 1)
+        net, z, cache = model, z_context[-1:], None
+        if cached and not a.requires_grad:
+            cache = shared.expand(len(a), room=k + 1)
+        else:  # autograd cannot pass through a cache: hide it
+            net, z, a = functools.partial(model), z_context, torch.cat((spread(known, a), a), 1)
+        z, _ = objective.extend(net, spread(z, a), a, spread(noise, a), cache=cache)
         return (z[:, -len(z_target) :] - z_target).square().mean((1, 2, 3, 4))
 
     def cost(candidates: Tensor) -> Tensor:
-        last = candidates[:, -1] if last_action is None else spread(last_action, len(candidates))
+        last = candidates[:, -1] if last_action is None else spread(last_action, candidates)
         a = torch.cat((candidates, last[:, None]), 1)  # (N, k + 1, A)
         with torch.set_grad_enabled(candidates.requires_grad):
             return torch.cat([dream(part) for part in a.split(batch)])
@@ -268,32 +213,57 @@ def candidate_cost(
 
 
 # ------------------------------------------------------------------------------------------------
-# The model.
+# The one file of a trained model, and the model.
 
 
-def save_world_model(
-    path: str | Path, dit: DiT, objective: Objective, space: LatentSpace, data: dict
-) -> None:
+def save_world_model(path: str | Path, dit: DiT, objective: Objective, space: LatentSpace, data):
     """Write the one file that `WorldModel` needs besides public encoder weights.
 
     data  {image_size, stride, num_history, action_merge, action_mapping, fps}
     """
-    metadata = {
-        "objective": objective.to_dict(),
-        "encoder_config": dataclasses.asdict(space.encoder.config),
-        "encoder_fingerprint": space.encoder.fingerprint,
-        "input_dim": space.encoder.latent_dim,
-        "data": data,
-    }
-    tensors = {}
+    encoder = space.encoder
+    metadata = {"objective": objective.to_dict(), "input_dim": encoder.latent_dim, "data": data}
+    metadata |= {"encoder_config": dataclasses.asdict(encoder.config)}
+    metadata |= {"encoder_fingerprint": encoder.fingerprint}
+    tensors = {} if space.mean is None else {"latent.mean": space.mean, "latent.std": space.std}
     parts = {"dit": dit, "adapter": space.adapter, "pixel_decoder": space.pixel_decoder}
     for part, module in parts.items():
         metadata[f"{part}_config"] = module and dataclasses.asdict(module.config)
-        if module:
-            tensors |= {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()}
-    if space.mean is not None:
-        tensors |= {"latent.mean": space.mean, "latent.std": space.std}
-    save_tensors(path, tensors, metadata)
+        state = module.state_dict() if module else {}
+        tensors |= {f"{part}.{name}": tensor for name, tensor in state.items()}
+    files.save_tensors(path, tensors, metadata)
+
+
+def load_world_model(path: str | Path, encoder_weights=None, decoder_weights=None) -> tuple:
+    """Read what `save_world_model` wrote: (dit, objective, space, data).
+
+    encoder_weights, decoder_weights   where the public encoder lies here, if not where it lay
+    """
+    where = str(path)
+    tensors, metadata = files.load_tensors(where)
+    if not {"objective", "encoder_config", "encoder_fingerprint", "data"} <= metadata.keys():
+        raise InputError(f"{where}: is not a world model; give world_model.safetensors of a run")
+    objective = objective_from(metadata["objective"], where)
+    values, fingerprint = dict(metadata["encoder_config"]), metadata["encoder_fingerprint"]
+    paths = {"weights": encoder_weights, "decoder_weights": decoder_weights}
+    values |= {name: path for name, path in paths.items() if path}
+    encoder = create_autoencoder(files.config_from(EncoderConfig, values, where))
+    if encoder.fingerprint != fingerprint:
+        raise InputError(
+            f"{where}: was trained on encoder {fingerprint}, here is {encoder.fingerprint}; "
+            "point encoder_weights at the weights it was trained with"
+        )
+    dit, adapted = load_dit(where), metadata.get("adapter_config") is not None
+    parts = load_adapter(where, fingerprint) if adapted else ()
+    space = LatentSpace(encoder, *parts, num_views=dit.config.num_views)
+    space.mean, space.std = tensors.get("latent.mean"), tensors.get("latent.std")
+    return dit, objective, space, metadata["data"]
+
+
+def as_floats(frames: Array) -> Tensor:
+    """Turn uint8 frames into floats in [0, 1]; floats pass."""
+    frames = torch.as_tensor(frames)
+    return frames / 255 if frames.dtype == torch.uint8 else frames.float()
 
 
 class WorldModel:
@@ -303,124 +273,83 @@ class WorldModel:
         model.reset(frames[:2], actions[:1])
         new = model.generate_chunk(actions[1:])
 
-    device                             default: CUDA, else Apple's MPS, else the CPU
-    encoder_weights, decoder_weights   where the public encoder lies here, if not where it lay
-    guidance, context, steps           of the sampler, see `Objective.rollout`
-    Raises MissingFileError, or InputError when the file or the encoder is not the right one.
+    checkpoint_path   and encoder_weights, decoder_weights: see `load_world_model`; or its parts
+    device            default: CUDA, else Apple's MPS, else the CPU
+    **sampler         guidance and context, see `Objective.extend`
+    **draws           noise (B, K, h, V w, C), which fixes every draw, or a seeded `generator`
     """
 
     def __init__(
-        self,
-        checkpoint_path: str | Path,
-        device: str | torch.device | None = None,
-        *,
-        encoder_weights: str | None = None,
-        decoder_weights: str | None = None,
-        **sampler: Any,
+        self, checkpoint_path, device=None, encoder_weights=None, decoder_weights=None, **sampler
     ):
-        where = str(checkpoint_path)
-        tensors, metadata = load_tensors(where)
-        try:
-            values, data = dict(metadata["encoder_config"]), dict(metadata["data"])
-            objective = objective_from(metadata["objective"], where)
-            fingerprint, adapted = metadata["encoder_fingerprint"], metadata["adapter_config"]
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{where}: is not a world model ({error}); give world_model.safetensors of a run"
-            ) from error
-        paths = {"weights": encoder_weights, "decoder_weights": decoder_weights}
-        values |= {name: path for name, path in paths.items() if path}
-        encoder = create_autoencoder(config_from(EncoderConfig, values, where))
-        if encoder.fingerprint != fingerprint:
-            raise InputError(
-                f"{where}: was trained on encoder {fingerprint}, here is {encoder.fingerprint}; "
-                "point encoder_weights at the weights it was trained with"
-            )
-        dit = load_dit(where)
-        parts = load_adapter(where, fingerprint) if adapted else ()
-        space = LatentSpace(encoder, *parts, num_views=dit.config.num_views)
-        space.mean, space.std = tensors.get("latent.mean"), tensors.get("latent.std")
-        self.assemble(dit, objective, space, data, device, **sampler)
-
-    @classmethod
-    def from_parts(cls, *parts: Any, **options: Any) -> WorldModel:
-        """Build from the parts `assemble` takes, such as released DiT and adapter files."""
-        model = cls.__new__(cls)
-        model.assemble(*parts, **options)
-        return model
-
-    def assemble(
-        self,
-        dit: DiT,
-        objective: Objective,
-        space: LatentSpace,
-        data: dict,
-        device: str | torch.device | None = None,
-        guidance: float = 1.0,
-        context: str = "exact",
-        steps: int | None = None,
-    ) -> None:
+        if not isinstance(parts := checkpoint_path, tuple):
+            parts = load_world_model(checkpoint_path, encoder_weights, decoder_weights)
+        dit, self.objective, space, self.data = parts
         if device is None:
             device = "mps" if torch.backends.mps.is_available() else "cpu"
             device = "cuda" if torch.cuda.is_available() else device
-        if dit.config.in_channels != space.latent_dim:
+        if dit.config.in_channels != (C := space.latent_dim):
             raise InputError(
-                f"the DiT predicts {dit.config.in_channels} channels, the latents have "
-                f"{space.latent_dim}; choose the encoder and adapter it was trained with"
+                f"the DiT predicts {dit.config.in_channels} channels, the latents have {C}; "
+                "choose the encoder and adapter it was trained with"
             )
-        self.device, self.data = torch.device(device), data
+        self.device, self.sampler = torch.device(device), sampler
         self.dit = dit.eval().requires_grad_(False).to(self.device)
         self.space = space.to(self.device)
-        self.objective = dataclasses.replace(objective, steps=steps or objective.steps)
-        self.guidance, self.context = guidance, context
         self.action_dim = dit.config.action_dim // space.temporal_stride
         self.z: Tensor | None = None  # (B, n, h, V w, C) known latents, at most a window of them
         self.actions: Tensor | None = None  # (B, frames of z, A) the newest slot is still open
+        self.cache: ContextCache | None = None  # keys and values of all but the newest of z
         self.batched = False
+
+    @classmethod
+    def from_parts(cls, dit, objective, space, data, device=None, **sampler) -> WorldModel:
+        """Build from parts, such as released DiT and adapter files."""
+        return cls((dit, objective, space, data), device, **sampler)
+
+    def state(self) -> tuple:
+        """Copy all that `reset` and later steps have built, so that a planner can branch."""
+        return copy.deepcopy((self.z, self.actions, self.cache, self.batched))
+
+    def restore(self, state: tuple) -> None:
+        """Go back to what `state` returned."""
+        self.z, self.actions, self.cache, self.batched = copy.deepcopy(state)
 
     # -- checks: a batch axis for everything, one sentence for what does not fit
 
-    def _frames(self, frames: Tensor | np.ndarray) -> tuple[Tensor, bool]:
+    def _known(self) -> Tensor:
+        if self.z is None:
+            raise InputError("the world model knows no frame yet; call reset(frames) first")
+        return self.z
+
+    def _frames(self, frames: Array) -> tuple[Tensor, bool]:
         """Give frames a batch axis and the model's device: (frames, had they one already)."""
-        frames, V, size = torch.as_tensor(frames), self.space.num_views, self.data["image_size"]
-        axes = 5 if V == 1 else 6
-        if frames.ndim not in (axes - 1, axes) or frames.shape[-1] != 3:
-            layout = "([B,] T, H, W, 3)" if V == 1 else f"([B,] {V} views, T, H, W, 3)"
-            raise InputError(f"frames are {tuple(frames.shape)}; give {layout}, RGB last")
-        batched = frames.ndim == axes
+        frames, V, s = as_floats(frames), self.space.num_views, self.space.temporal_stride
+        size, axes = self.data["image_size"], 5 + (V > 1)
+        batched, shape = frames.ndim == axes, tuple(frames.shape)
         frames = (frames if batched else frames[None]).to(self.device)
-        if V > 1 and frames.shape[1] != V:
-            raise InputError(f"frames have {frames.shape[1]} views, this model {V}; give as many")
-        if tuple(frames.shape[-3:-1]) != (size, size):
-            raise InputError(
-                f"frames are {frames.shape[-3]}x{frames.shape[-2]} pixels; this model was trained "
-                f"on {size}x{size}: resize them"
-            )
-        if frames.shape[-4] % self.space.temporal_stride or not frames.shape[-4]:
-            raise InputError(
-                f"{frames.shape[-4]} frames: the encoder packs {self.space.temporal_stride} into "
-                "one latent; give one such group or more"
-            )
+        fits = frames.ndim == axes and frames.shape[-3:] == (size, size, 3) and frames.shape[-4]
+        if not fits or frames.shape[-4] % s or (V > 1 and frames.shape[1] != V):
+            layout = f"([B,] {f'{V} views, ' if V > 1 else ''}T, {size}, {size}, 3)"
+            packs = f" with T a multiple of {s}" if s > 1 else ""
+            raise InputError(f"frames are {shape}; give this model {layout}{packs}, RGB last")
         return frames, batched
 
-    def _actions(self, actions: Tensor | np.ndarray) -> Tensor:
+    def _actions(self, actions: Array) -> Tensor:
         """Give actions batch and time axes: (B, K, A), float32 on the model's device."""
-        actions = torch.as_tensor(actions, dtype=torch.float32, device=self.device)
-        shape = tuple(actions.shape)
-        if actions.ndim == 1:
-            actions = actions[None]
+        given = torch.as_tensor(actions, dtype=torch.float32, device=self.device)
+        actions = given[None] if given.ndim == 1 else given
         if actions.ndim == 2:
             actions = actions[:, None] if self.batched else actions[None]
-        if actions.ndim != 3 or actions.shape[::2] != (len(self.z), self.action_dim):
-            raise InputError(
-                f"actions are {shape}; this model takes ([{len(self.z)},] K, {self.action_dim}), "
-                "a robot's own numbers through map_actions"
-            )
+        B, A = len(self._known()), self.action_dim
+        if actions.ndim != 3 or actions.shape[::2] != (B, A) or not actions.shape[1]:
+            takes = f"([{B},] K, {A}), a robot's own numbers through map_actions"
+            raise InputError(f"actions are {tuple(given.shape)}; this model takes {takes}")
         if not actions.isfinite().all():
             raise InputError("actions hold NaN or infinity; mend them before the rollout")
         return actions
 
-    def encode(self, frames: Tensor | np.ndarray) -> Tensor:
+    def encode(self, frames: Array) -> Tensor:
         """Encode frames ([B,] [V,] T, H, W, 3) to latents ([B,] T', h, V w, C)."""
         frames, batched = self._frames(frames)
         z = self.space.encode(frames)
@@ -430,25 +359,16 @@ class WorldModel:
         """Decode latents ([B,] T', h, V w, C) to frames ([B,] [V,] T, H, W, 3) in [0, 1]."""
         return self.space.decode(z) if z.ndim == 5 else self.space.decode(z[None])[0]
 
-    def map_actions(self, raw: Tensor | np.ndarray) -> Tensor:
-        """Turn raw robot actions (..., 7) into the units of training (..., A).
-
-        xyz delta in m, rotation delta in rad, gripper: as the data set of the metadata records them
-        """
-        return torch.as_tensor(map_actions(np.asarray(raw), self.data["action_mapping"]))
+    def map_actions(self, raw: Array) -> Tensor:
+        """Turn raw robot actions (..., 7), in units of the data set, into model units (..., A)."""
+        return torch.as_tensor(files.map_actions(np.asarray(raw), self.data["action_mapping"]))
 
     # -- dreaming
 
-    def reset(
-        self, frames: Tensor | np.ndarray, actions: Tensor | np.ndarray | None = None
-    ) -> None:
-        """Start from known frames.
-
-        frames   ([B,] [V,] n, H, W, 3)   history, oldest first; uint8, or floats in [0, 1]
-        actions  ([B,] n - 1, A)          the actions between them; None: zeros
-        """
+    def reset(self, frames: Array, actions: Array | None = None) -> None:
+        """Start from n known frames, oldest first, and the n - 1 actions between; None: zeros."""
         frames, self.batched = self._frames(frames)
-        n, self.z = frames.shape[-4], self.space.encode(frames)
+        n, self.z, self.cache = frames.shape[-4], self.space.encode(frames), None
         self.actions = self.z.new_zeros(len(frames), n, self.action_dim)
         if actions is not None and n > 1:
             known = self._actions(actions)
@@ -456,94 +376,51 @@ class WorldModel:
                 raise InputError(f"{known.shape[1]} actions for {n} frames; give {n - 1}")
             self.actions[:, :-1] = known
 
-    def state(self) -> dict:
-        """Copy all that `reset` and later steps have built, so that a planner can branch."""
-        self._need_frames()
-        return {"z": self.z.clone(), "actions": self.actions.clone(), "batched": self.batched}
-
-    def restore(self, state: dict) -> None:
-        """Go back to what `state` returned."""
-        self.z, self.actions = state["z"].clone(), state["actions"].clone()
-        self.batched = state["batched"]
-
-    def _need_frames(self) -> None:
-        if self.z is None:
-            raise InputError("the world model knows no frame yet; call reset(frames) first")
-
-    def _dream(self, beside: Tensor, K: int, noise: Tensor | None, generator) -> Tensor:
-        """Dream K frames with one action beside every known and new frame; return the new ones."""
-        s = self.space.temporal_stride
+    @torch.no_grad()
+    def _dream(self, actions: Tensor, noise=None, generator=None) -> Tensor:
+        """Dream K frames; actions (B, K + 1, A) beside the newest known frame and the new ones."""
+        (B, n, *cell), s, K = self.z.shape, self.space.temporal_stride, actions.shape[1] - 1
         if K % s:
             raise InputError(f"{K} frames to dream: a latent holds {s}; ask for a multiple")
         if noise is None:
-            shape = (len(self.z), K // s, *self.z.shape[2:])
-            device = generator.device if generator else self.device
-            noise = torch.randn(shape, generator=generator, device=device)
-        z = self.objective.rollout(
-            self.dit,
-            self.z,
-            self.space.group_actions(beside),
-            K // s,
-            guidance=self.guidance,
-            noise=noise.to(self.device),
-            context=self.context,
-        )
-        new, keep = z[:, self.z.shape[1] :], self.dit.config.max_frames
-        self.z, self.actions = z[:, -keep:], beside[:, -keep * s :]
-        return self.space.decode(new)
+            noise = draw(torch.randn, (B, K // s, *cell), self.z, generator)
+        actions = torch.cat((self.actions[:, :-1], actions), 1)  # (B, s n + K, A)
+        beside, keep = self.space.group_actions(actions), self.dit.config.max_frames
+        known = self.dit, self.z, beside, noise.to(self.z)
+        z, self.cache = self.objective.extend(*known, cache=self.cache, **self.sampler)
+        self.z, self.actions = z[:, -keep:], actions[:, -keep * s :]
+        frames = self.space.decode(z[:, n:])
+        return frames if self.batched else frames[0]
 
-    def generate_chunk(
-        self,
-        actions: Tensor | np.ndarray,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def generate_chunk(self, actions: Array, **draws: Any) -> Tensor:
         """Dream one frame for each action: a[0] goes beside the newest known frame.
 
         The last new frame holds a copy of a[-1] until the next call overwrites its slot.
 
-        actions  (A,), (K, A) or (B, K, A); of a batch also (B, A)
-        noise    (B, K', h, V w, C)   fixes every draw; else drawn from `generator`, on its device
-        ->       ([B,] [V,] K, H, W, 3)
+        actions  (A,), (K, A) or (B, K, A); of a batch also (B, A)   ->  ([B,] [V,] K, H, W, 3)
         """
-        self._need_frames()
         actions = self._actions(actions)
-        beside = torch.cat((self.actions[:, :-1], actions, actions[:, -1:]), 1)  # (B, n + K, A)
-        frames = self._dream(beside, actions.shape[1], noise, generator)
-        return frames if self.batched else frames[0]
+        return self._dream(torch.cat((actions, actions[:, -1:]), 1), **draws)
 
-    def step(self, action: Tensor | np.ndarray, **draws: Any) -> Tensor:
+    def step(self, action: Array, **draws: Any) -> Tensor:
         """Dream the next frame: action (A,) or (B, A) -> ([B,] [V,] H, W, 3)."""
         return self.generate_chunk(action, **draws).select(-4, 0)
 
-    def rollout(
-        self,
-        frames: Tensor | np.ndarray,
-        actions: Tensor | np.ndarray,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Dream a recorded clip on from its first frames, with one action beside every frame.
+    def rollout(self, frames: Array, actions: Array, **draws: Any) -> Tensor:
+        """Dream a recorded clip on from its first n frames, with an action beside every frame.
 
-        frames   ([B,] [V,] n, H, W, 3)   history
-        actions  ([B,] T, A)              T > n
-        ->       ([B,] [V,] T, H, W, 3)   the history as given, then T - n new frames
+        actions ([B,] T, A), T > n  ->  the n frames as given, then T - n new ones
         """
         self.reset(frames)
-        known, _ = self._frames(frames)
-        actions, n = self._actions(actions), known.shape[-4]
+        actions, n = self._actions(actions), self.actions.shape[1]
         if actions.shape[1] <= n:
             raise InputError(f"{actions.shape[1]} actions for {n} known frames; give more")
-        new = self._dream(actions, actions.shape[1] - n, noise, generator)
-        video = torch.cat((known / 255 if known.dtype == torch.uint8 else known.float(), new), -4)
-        return video if self.batched else video[0]
+        self.actions = actions[:, :n]
+        new = self._dream(actions[:, n - 1 :], **draws)
+        return torch.cat((as_floats(frames).to(self.device), new), -4)
 
     def rollout_policy(
-        self,
-        policy: Callable[[Tensor], Tensor],
-        initial_frames: Tensor | np.ndarray,
-        steps: int,
-        generator: torch.Generator | None = None,
+        self, policy: Callable, initial_frames: Array, steps: int, generator=None
     ) -> tuple[Tensor, Tensor]:
         """Let a policy act inside the model.
 
@@ -551,24 +428,16 @@ class WorldModel:
         ->      frames ([B,] [V,] n + steps, H, W, 3), actions ([B,] steps, A)
         """
         self.reset(initial_frames)
-        frames = torch.as_tensor(initial_frames).to(self.device)
-        video, taken = [frames / 255 if frames.dtype == torch.uint8 else frames.float()], []
+        video, taken = [as_floats(initial_frames).to(self.device)], []
         while (left := steps - sum(a.shape[1] for a in taken)) > 0:
-            actions = self._actions(policy(video[-1].select(-4, -1)))[:, :left]
-            taken.append(actions)
-            chunk = actions if self.batched else actions[0]
+            taken.append(self._actions(policy(video[-1].select(-4, -1)))[:, :left])
+            chunk = taken[-1] if self.batched else taken[-1][0]
             video.append(self.generate_chunk(chunk, generator=generator))
         actions = torch.cat(taken, 1)
         return torch.cat(video, -4), actions if self.batched else actions[0]
 
     def plan(
-        self,
-        goal_frame: Tensor | np.ndarray,
-        horizon: int,
-        method: str = "cem",
-        start: Tensor | np.ndarray | None = None,
-        generator: torch.Generator | None = None,
-        **options: Any,
+        self, goal_frame: Array, horizon: int, method="cem", start=None, generator=None, **options
     ) -> Tensor:
         """Search the actions that lead from the newest known frame to a goal frame.
 
@@ -577,20 +446,16 @@ class WorldModel:
         start       (horizon, A)     where the search begins; None: zeros
         ->          (horizon, A)     in model units
         """
-        self._need_frames()
         if method not in PLANNERS or horizon < 1:
             raise InputError(f"plan: method is one of {', '.join(PLANNERS)}, horizon at least 1")
-        if len(self.z) != 1 or self.space.temporal_stride != 1:
+        if len(self._known()) != 1 or self.space.temporal_stride != 1:
             raise InputError("plan: works on one sample and on encoders with one frame a latent")
         z_goal = self.encode(torch.as_tensor(goal_frame).unsqueeze(-4))
-        device = generator.device if generator else self.device
-        noise = torch.randn((horizon, *z_goal.shape[1:]), generator=generator, device=device)
-        noise, known = noise.to(self.device), self.actions[0, :-1]
-        cost = candidate_cost(self.dit, self.objective, self.z[0], known, z_goal, noise)
+        noise = draw(torch.randn, (horizon, *z_goal.shape[1:]), z_goal, generator)
+        parts = self.dit, self.objective, self.z[0], self.actions[0, :-1], z_goal, noise
         start = torch.zeros(horizon, self.action_dim) if start is None else torch.as_tensor(start)
-        if method == "cem":
-            options = {"generator": generator} | options
-        return PLANNERS[method](cost, start.float().to(self.device), **options)[0]
+        options = {"generator": generator} | options if method == "cem" else options
+        return PLANNERS[method](candidate_cost(*parts), start.to(self.z), **options)[0]
 
 
 @dataclasses.dataclass
@@ -603,57 +468,41 @@ class Args:
     raw: bool = True  # actions are the robot's own 7 numbers; false: model units
     output: str = "dream.gif"  # the GIF
     encoder_weights: str | None = None  # the public encoder, if not where training found it
-    guidance: float = 1.0  # 1: none
-    context: str = "exact"  # exact | rolling
     seed: int = 0  # of the noise
     device: str | None = None  # default: cuda, mps or cpu, whichever is there
 
 
-def read_bytes(path: str) -> bytes:
-    if not Path(path).is_file():
-        raise MissingFileError(f"{path}: no such file; check the path")
-    return Path(path).read_bytes()
-
-
-def typed_actions(path: str | None) -> Iterator[np.ndarray]:
+def read_actions(path: str | None) -> Iterator[np.ndarray]:
     """Yield the actions of a file, all at once (K, A), or those typed, one by one (A,)."""
     try:
-        if path and path.endswith(".npy"):
-            yield np.load(io.BytesIO(read_bytes(path)), allow_pickle=False).astype(np.float32)
-        elif path:
-            lines = read_bytes(path).decode().splitlines()
-            yield np.array([line.split() for line in lines if line.strip()], np.float32)
+        if path:
+            yield np.load(path) if path.endswith(".npy") else np.loadtxt(path, ndmin=2)
         else:
             print("one action a line, numbers separated by spaces; end with an empty line")
             for line in iter(lambda: sys.stdin.readline().strip(), ""):
-                yield np.array(line.split(), np.float32)
-    except ValueError as error:
-        raise InputError(
-            f"{path or 'typed'}: {error}; give .npy, or one action of numbers a line"
-        ) from error
+                yield np.array(line.split(), float)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path or 'typed'}: {error}; give .npy, or one action a line") from error
 
 
 def main() -> None:
-    args = parse_args(Args)
-    sampler = {"guidance": args.guidance, "context": args.context}
-    model = WorldModel(
-        args.checkpoint, args.device, encoder_weights=args.encoder_weights, **sampler
-    )
-    generator, views = torch.Generator().manual_seed(args.seed), model.space.num_views
-    picture = decode_frame(read_bytes(args.image), None, args.image)
-    frame = torch.from_numpy(picture.copy()).unflatten(1, (views, -1)).movedim(1, 0)[:, None]
-    frame = frame if views > 1 else frame[0]  # ([V,] 1, H, W, 3)
-    model.reset(frame)
-    video = [frame / 255]
+    args = files.parse_args(Args)
+    model = WorldModel(args.checkpoint, args.device, args.encoder_weights)
+    if not Path(args.image).is_file():
+        raise files.MissingFileError(f"{args.image}: no such file; check the path")
+    picture, size = Path(args.image).read_bytes(), model.data["image_size"]
+    views = np.array_split(files.decode_frame(picture, None, args.image), model.space.num_views, 1)
+    views = [files.decode_frame(np.ascontiguousarray(x), size, args.image) for x in views]
+    frame = torch.from_numpy(np.stack(views))[:, None]  # (V, 1, H, W, 3)
+    model.reset(frame if len(views) > 1 else frame[0])
+    video, generator = [as_floats(frame)], torch.Generator().manual_seed(args.seed)
     units = model.map_actions if args.raw else torch.as_tensor
-    for actions in typed_actions(args.actions):
-        video.append(model.generate_chunk(units(actions), generator=generator).cpu())
-    frames = torch.cat(video, -4)
-    write_gif(
-        args.output, torch.cat(frames.unbind(0), -2) if views > 1 else frames, model.data["fps"]
-    )
+    for actions in read_actions(args.actions):
+        new = model.generate_chunk(units(actions), generator=generator).cpu()
+        video.append(new if len(views) > 1 else new[None])
+    files.write_gif(args.output, torch.cat(torch.cat(video, 1).unbind(), -2), model.data["fps"])
     print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    files.run_cli(main)

@@ -11,7 +11,6 @@ import argparse
 import functools
 import itertools
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from diffusion import FlowMatching, time_shift
 from dit import DIT_SIZES, DiT, DiTConfig, timestep_embedding
+from world_model import candidate_cost
 
 
 def alternate(variants: dict[str, Callable], rounds: int) -> dict[str, float]:
@@ -162,7 +162,8 @@ def peak(args) -> None:
     step = train_step(args, args.kind)
     for _ in range(2):
         step()
-    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}")
+    words = Path("/proc/self/status").read_text().split()  # getrusage counts the parent's peak too
+    print(f"{int(words[words.index('VmHWM:') + 1]) / 2**20:.2f}")
 
 
 def profile(args) -> None:
@@ -205,6 +206,26 @@ def rollout(args) -> None:
         for name in ("exact", "rolling"):
             steady = (seconds[name] - seconds["first"]) / 2
             row(name, f"{steady:.3f}", f"{seconds['uncached'] / steady:.2f}")
+
+
+def plan(args) -> None:
+    """Time a candidate of k actions behind two frames: everything run again, shared cache."""
+    objective = FlowMatching(shift=time_shift(args.grid**2, args.channels))
+    dit, z = build(args).eval(), torch.randn(6, args.grid, args.grid, args.channels)
+    plain = functools.partial(DiT.forward, dit)  # no cache methods
+    plain.config = dit.config
+    row("planning, float32", "s a candidate", "x faster")
+    for k, count in ((1, 8), (4, 2)):
+        candidates, task = torch.randn(count, k, 10), (z[:2], torch.zeros(1, 10), z[2 : 2 + k])
+        variants = {
+            f"k={k} {name}": functools.partial(
+                candidate_cost(model, objective, *task, torch.randn_like(z[:k])), candidates
+            )
+            for name, model in (("uncached", plain), ("cached", dit))
+        }
+        seconds = alternate(variants, args.rounds)
+        for name, each in seconds.items():
+            row(name, f"{each / count:.2f}", f"{seconds[f'k={k} uncached'] / each:.2f}")
 
 
 def clips_and_shards(args) -> None:
@@ -344,7 +365,13 @@ def vit_large(args) -> None:
     encoder.dtype = torch.bfloat16 if args.bf16 else torch.float32
     frames = torch.randint(0, 256, (1, args.frames, 256, 256, 3), dtype=torch.uint8)
     encoder.encode(frames[:, :1])  # settles the dtype
-    weights, x = dict(encoder.network.named_buffers()), torch.randn(args.frames, n, D)
+    weights = dict(encoder.network.named_buffers())
+    x, images = torch.randn(args.frames, n, D), torch.randn(args.frames, 3, 1, 256, 256)
+
+    def embed(images):
+        name = "patch_embed_img.proj"
+        weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        return F.conv3d(images, weight, bias, stride=(1, 16, 16)).flatten(2).mT.contiguous()
 
     def layer(name, x):
         return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
@@ -356,8 +383,8 @@ def vit_large(args) -> None:
 
     @torch.no_grad()
     def plain(norms=True):
-        """The same weights without rotation, resizing or chunks; norms=False: products alone."""
-        y = x.to(encoder.dtype)
+        """The same weights without rotation or uint8 frames; norms=False: products alone."""
+        y = embed(images.to(encoder.dtype)) if norms else x.to(encoder.dtype)
         for i in range(depth):
             norm = (lambda y: F.layer_norm(y, (D,))) if norms else (lambda y: y)
             a = attend(layer(f"blocks.{i}.attn.qkv", norm(y))).transpose(1, 2).flatten(2)
@@ -386,6 +413,7 @@ def vit_large(args) -> None:
 SECTIONS = {
     "train": train,
     "rollout": rollout,
+    "plan": plan,
     "profile": profile,
     "data": clips_and_shards,
     "vit": vit_large,

@@ -1,5 +1,6 @@
 """Laws of the DiT: causality, offsets, views, frame-by-frame equality, released weights."""
 
+import math
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -66,6 +67,127 @@ def test_released_weights_give_the_released_velocity(shared):
         v_null = dit(case["z"], case["tau"], case["a"], torch.ones(2, dtype=torch.bool))
     torch.testing.assert_close(v, case["v"], atol=1e-5, rtol=0)  # float32 in another order
     torch.testing.assert_close(v_null, case["v_null"], atol=1e-5, rtol=0)
+
+
+def plain_rotate(x, angles):
+    x0, x1 = x[..., 0::2], x[..., 1::2]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), -1).flatten(-2)
+
+
+def reference(state: dict, c: DiTConfig, z, tau, actions) -> torch.Tensor:
+    """Compute a DiT from its released keys as the paper describes it: one head, token and mask at
+    a time, nothing shared with dit.py."""
+    (B, T, h, w, C), p, V, E = z.shape, c.patch_size, c.num_views, c.dim // c.heads
+    h, w = h // p, w // p
+
+    def linear(name, x):
+        return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
+
+    def rms(x, eps):
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+    def angles(places, widths):  # every axis has its own half and frequencies
+        parts = []
+        for place, width in zip(places, widths, strict=True):
+            half = width // 2
+            parts.append(place * 10000 ** (-torch.arange(half) / half))
+        parts.append(torch.zeros(E // 2 - sum(map(len, parts))))  # the rest is not rotated
+        return torch.cat(parts)
+
+    def space(row, column):
+        view, x = divmod(column, w // V)
+        if c.view_rope == "official" and V > 1:
+            E_view = E // 3 - E // 3 % 2
+            E_h = (E - E_view) // 2 - (E - E_view) // 2 % 2
+            return angles((row, column // V, column % V), (E_h, E - E_view - E_h, E_view))
+        return angles((row, x), (E // 2, E // 2)) + angles((view,), (E,))
+
+    def time(t, row, column):
+        if c.temporal_mode == "factored":
+            return angles((t,), (E,))
+        third = E // 6 * 2  # 60 of 64 channels
+        if c.view_rope == "official":
+            return angles((t, row, column), (third,) * 3)
+        view, x = divmod(column, w // V)
+        return angles((t, row, x), (third,) * 3) + angles((view,), (E,))
+
+    cells = [(row, column) for row in range(h) for column in range(w)]
+    turn_s = torch.stack([space(*cell) for _ in range(T) for cell in cells])
+    turn_t = torch.stack([time(t, *cell) for t in range(T) for cell in cells])
+    frame = torch.arange(T).repeat_interleave(h * w)
+    patch = torch.arange(h * w).repeat(T)
+    see_s = frame[:, None] == frame
+    see_t = frame[:, None] >= frame
+    if c.temporal_mode == "factored":
+        see_t &= patch[:, None] == patch
+
+    def block(name, x, cond, turn, see):
+        mod = linear(f"{name}.adaLN_modulation.1", F.silu(cond)).chunk(6, -1)
+        y = rms(x, 1e-6) * (1 + mod[1]) + mod[0]
+        heads = []
+        for q, k, v in zip(
+            *(y.split(E, -1) for y in linear(f"{name}.attn.qkv_proj", y).chunk(3, -1)), strict=True
+        ):
+            q, k = (plain_rotate(rms(y, 1.19e-7), turn) for y in (q, k))
+            weights = (q @ k.mT / E**0.5).masked_fill(~see, -torch.inf).softmax(-1)
+            heads.append(weights @ v)
+        x = x + mod[2] * linear(f"{name}.attn.out_proj", torch.cat(heads, -1))
+        y = rms(x, 1e-6) * (1 + mod[4]) + mod[3]
+        gate, value = linear(f"{name}.ffwd.w12", y).chunk(2, -1)
+        return x + mod[5] * linear(f"{name}.ffwd.w3", F.silu(gate) * value)
+
+    waves = 1000 * tau[..., None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    temb = torch.cat((waves.cos(), waves.sin()), -1)
+    temb = linear("timestep_mlp.2", F.silu(linear("timestep_mlp.0", temb)))
+    cond = temb + linear("action_embedder", actions)
+    temb, cond = (y.repeat_interleave(h * w, 1) for y in (temb, cond))  # per token
+    pixels = z.flatten(0, 1).movedim(-1, 1)
+    x = F.conv2d(pixels, state["x_proj.weight"], state["x_proj.bias"], stride=p)
+    x = x.flatten(2).mT.reshape(B, T * h * w, -1)
+    for i in range(c.depth):
+        x = block(f"blocks.{i}.s_block", x, cond, turn_s, see_s)
+        x = block(f"blocks.{i}.t_block", x, cond, turn_t, see_t)
+    name = "head_final_layer" if c.wide_head else "final_layer"
+    if c.wide_head:
+        x = linear("s_projector", F.silu(x + temb))
+        cond = x.unflatten(1, (T, -1)).mean(2).repeat_interleave(h * w, 1)
+    shift, scale = linear(f"{name}.adaLN_modulation.1", F.silu(cond)).chunk(2, -1)
+    x = linear(f"{name}.linear", rms(x, 1e-6) * (1 + scale) + shift)
+    v = torch.zeros_like(z)
+    for t in range(T):
+        for i, (row, column) in enumerate(cells):
+            token = x[:, t * h * w + i].view(B, p, p, C)
+            v[:, t, row * p : row * p + p, column * p : column * p + p] = token
+    return v
+
+
+@pytest.mark.parametrize("mode", ["factored", "joint"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(dim=128, heads=2),
+        dict(dim=144, heads=2, wide_head=True, head_dim=40),
+        dict(dim=64, heads=1, patch_size=2, action_dim=20),
+        dict(dim=64, heads=1, num_views=2, wide_head=True, head_dim=40),
+        dict(dim=64, heads=1, num_views=2, view_rope="official"),
+        dict(dim=72, heads=1, num_views=4, view_rope="official"),
+    ],
+    ids=["plain", "wide 72", "patch", "additive", "official", "official 72"],
+)
+def test_the_model_is_the_one_of_the_paper(mode, fields):
+    config = DiTConfig(**SMALL | dict(temporal_mode=mode) | fields)
+    dit, (z, tau, actions) = random_dit(**asdict(config)), clip(T=3)
+    actions = torch.randn(2, 3, config.action_dim)
+    state = dict(dit.state_dict())
+    with torch.no_grad():
+        expected = reference(state, config, z, tau, actions)
+        torch.testing.assert_close(dit(z, tau, actions), expected, atol=2e-5, rtol=1e-4)
+        null = torch.zeros_like(actions)
+        null[..., -1] = 1  # of 20 for two-frame latents too
+        expected = reference(state, config, z, tau, null)
+        v = dit(z, tau, actions, torch.ones(2, dtype=torch.bool))
+        torch.testing.assert_close(v, expected, atol=2e-5, rtol=1e-4)
 
 
 def released(config: DiTConfig) -> dict[str, torch.Tensor]:
@@ -285,12 +407,6 @@ def test_joint_rotation_leaves_the_indivisible_rest_alone():
     expected = torch.tensor([3 * 10000 ** (-i / 10) for i in range(10)])
     torch.testing.assert_close(angle, expected)
     assert (time[3, 0, 0, 10:30, 1] == 0).all()
-
-
-def plain_rotate(x, angles):
-    x0, x1 = x[..., 0::2], x[..., 1::2]
-    cos, sin = angles.cos(), angles.sin()
-    return torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), -1).flatten(-2)
 
 
 def test_joint_attention_is_block_causal():

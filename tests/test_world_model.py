@@ -1,12 +1,15 @@
 """World model: layouts, action slots, branching, views, planning; without any file but our own."""
 
 import dataclasses
+import io
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from data import InputError, save_tensors
+import world_model
+from data import InputError, map_actions, save_tensors
 from diffusion import DDPM, FlowMatching
 from dit import DiT, DiTConfig
 from encoders import EncoderConfig, create_autoencoder
@@ -49,6 +52,15 @@ def model(tmp_path):
     return WorldModel(make(tmp_path / "world_model.safetensors"), device="cpu")
 
 
+def count_passes(dit) -> list[int]:
+    """Collect the frames that pass through a DiT, call by call."""
+    passes = []
+    dit.blocks[0].s_block.register_forward_pre_hook(
+        lambda _, inputs: passes.append(inputs[0].shape[:2].numel())
+    )
+    return passes
+
+
 def seed(number: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
@@ -75,13 +87,13 @@ def test_actions_stand_where_the_contract_says(model, monkeypatch):
     """a[0] beside the newest known frame, a[j] beside new frame j, a copy of a[-1] beside the last,
     which the next call overwrites."""
     seen = []
-    rollout = FlowMatching.rollout
+    extend = FlowMatching.extend
 
-    def spy(self, dit, z, actions, num_frames, **options):
+    def spy(self, dit, z, actions, noise, **options):
         seen.append(actions[0, :, 0].tolist())
-        return rollout(self, dit, z, actions, num_frames, **options)
+        return extend(self, dit, z, actions, noise, **options)
 
-    monkeypatch.setattr(FlowMatching, "rollout", spy)
+    monkeypatch.setattr(FlowMatching, "extend", spy)
     actions = torch.zeros(6, 10)
     actions[:, 0] = torch.arange(1.0, 7.0)
     model.reset(torch.rand(2, 16, 16, 3), actions[:1])
@@ -95,29 +107,73 @@ def test_actions_stand_where_the_contract_says(model, monkeypatch):
     assert seen[-1] == [1, 2, 3, 4]
 
 
-def test_a_chunk_equals_its_single_steps_but_for_the_open_slot(tmp_path):
+@pytest.mark.parametrize("context", ["exact", "rolling"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_steps_chunks_and_one_long_rollout_agree(tmp_path, context, guidance):
     """The first new frame of a chunk knows the next action, a single step only a copy: with equal
-    actions both are the same model inputs, so the frames agree."""
+    actions all are the same model inputs, so the frames agree, also beyond the window."""
+    path = make(tmp_path / "m.safetensors")
+    model = WorldModel(path, device="cpu", context=context, guidance=guidance)
+    frames, action = torch.rand(2, 16, 16, 3), torch.randn(10)
+    noise = torch.randn(1, 7, 2, 2, 192)
+    whole = model.rollout(frames, action.expand(9, 10), noise=noise)[2:]
+    for lengths in ([1] * 7, [3, 4], [5, 1, 1]):
+        model.reset(frames, action[None])
+        parts = [
+            model.generate_chunk(action.expand(K, 10), noise=eps)
+            for K, eps in zip(lengths, noise.split(lengths, 1), strict=True)
+        ]
+        assert torch.allclose(torch.cat(parts), whole, atol=1e-5)  # the window slides after 3
+
+
+def test_the_open_slot_is_overwritten_in_the_cache_too(tmp_path):
+    """What a rollout knows in advance, steps learn one by one: the last frame of every step was
+    dreamed beside a copy, all older frames stand beside their own action."""
     model = WorldModel(make(tmp_path / "m.safetensors"), device="cpu")
-    frames, action = torch.rand(1, 16, 16, 3), torch.randn(10)
-    noise = torch.randn(1, 6, 2, 2, 192)
+    frames, actions, noise = (
+        torch.rand(1, 16, 16, 3),
+        torch.randn(3, 10),
+        torch.randn(1, 3, 2, 2, 192),
+    )
     model.reset(frames)
-    chunk = model.generate_chunk(action.expand(6, 10), noise=noise)
-    model.reset(frames)
-    steps = torch.stack([model.step(action, noise=noise[:, t : t + 1]) for t in range(6)])
-    assert torch.allclose(chunk, steps, atol=1e-5)  # the window slides after four frames
+    steps = torch.stack([model.step(a, noise=noise[:, i : i + 1]) for i, a in enumerate(actions)])
+    z = model.encode(frames)[None]
+    for i in range(3):  # by hand, without any cache
+        beside = torch.cat((actions[: i + 1], actions[i : i + 1]))[None]
+        args = (model.dit.forward, z, beside, 1)
+        z = model.objective.rollout(*args, noise=noise[:, i : i + 1])
+        assert torch.allclose(model.decode(z)[0, -1], steps[i], atol=1e-5)
 
 
-def test_a_restored_state_repeats_and_branches(model):
+@pytest.mark.parametrize(
+    ("context", "costs"), [("exact", [14, 13, 13, 16, 16]), ("rolling", [14, 13, 13, 13, 13])]
+)
+def test_a_step_costs_what_the_cache_leaves(tmp_path, context, costs):
+    objective = FlowMatching(steps=12)
+    model = WorldModel(make(tmp_path / "m.safetensors", objective), device="cpu", context=context)
+    passes = count_passes(model.dit)
+    model.reset(torch.rand(2, 16, 16, 3))
+    for cost in costs:  # 12 denoising steps; the frames not yet cached, or all 4 of a full window
+        passes.clear()
+        model.step(torch.randn(10))
+        assert sum(passes) == cost
+
+
+@pytest.mark.parametrize("context", ["exact", "rolling"])
+def test_a_restored_state_repeats_and_branches(tmp_path, context):
+    model = WorldModel(make(tmp_path / "m.safetensors"), device="cpu", context=context)
     model.reset(torch.rand(3, 16, 16, 3))
-    model.step(torch.zeros(10), generator=seed())
+    for _ in range(4):  # beyond the window
+        model.step(torch.zeros(10), generator=seed())
     state = model.state()
     once = model.generate_chunk(torch.ones(2, 10), generator=seed(1))
     model.restore(state)
     other = model.generate_chunk(-torch.ones(2, 10), generator=seed(1))
-    model.restore(state)
-    assert torch.equal(once, model.generate_chunk(torch.ones(2, 10), generator=seed(1)))
     assert not torch.allclose(once, other, atol=1e-3)
+    torch.save(state, tmp_path / "state.pt")
+    for again in (state, torch.load(tmp_path / "state.pt", weights_only=False)):
+        model.restore(again)
+        assert torch.equal(once, model.generate_chunk(torch.ones(2, 10), generator=seed(1)))
 
 
 @pytest.mark.parametrize("objective", [FlowMatching(steps=2), DDPM(steps=2)])
@@ -140,7 +196,7 @@ def test_views_keep_their_places(tmp_path):
     assert model.generate_chunk(torch.randn(2, 2, 10)).shape == (2, 3, 2, 16, 16, 3)
     model.reset(frames[0])
     assert model.step(torch.randn(10)).shape == (3, 16, 16, 3)
-    with pytest.raises(InputError, match="2 views"):
+    with pytest.raises(InputError, match="3 views"):
         model.reset(frames[:, :2])
 
 
@@ -160,7 +216,7 @@ def test_a_policy_runs_inside_the_model(model):
     [
         (lambda m: m.step(np.zeros(10)), "reset"),
         (lambda m: m.reset(torch.rand(16, 16, 3)), "give"),
-        (lambda m: m.reset(torch.rand(1, 32, 16, 3)), "32x16"),
+        (lambda m: m.reset(torch.rand(1, 32, 16, 3)), "32, 16"),
         (lambda m: m.reset(torch.rand(1, 16, 16, 3) * 255), "0, 1"),
         (lambda m: m.reset(torch.rand(3, 16, 16, 3), torch.zeros(1, 10)), "give 2"),
         (lambda m: (m.reset(torch.rand(1, 16, 16, 3)), m.step(torch.zeros(7))), "10"),
@@ -183,6 +239,47 @@ def test_a_file_of_another_encoder_or_kind_is_refused(tmp_path, model):
         WorldModel(path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         WorldModel(tmp_path / "nowhere.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line.
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_the_command_line_dreams_from_files_and_from_typed_actions(tmp_path, monkeypatch, views):
+    path, gif = make(tmp_path / "m.safetensors", views=views), tmp_path / "out.gif"
+    picture = np.random.default_rng(0).integers(0, 256, (40, 40 * views, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "x.png")  # other sizes are resized, view by view
+    raw = np.random.default_rng(1).uniform(-0.05, 0.05, (3, 7))
+    np.savetxt(tmp_path / "a.txt", raw)
+    np.save(tmp_path / "a.npy", raw)
+    np.save(tmp_path / "units.npy", map_actions(raw, "bridge"))
+
+    def run(*words, typed=""):
+        gif.unlink(missing_ok=True)
+        words = ["--checkpoint", str(path), "--image", str(tmp_path / "x.png"), *map(str, words)]
+        monkeypatch.setattr("sys.argv", ["world_model.py", *words, "--output", str(gif)])
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        world_model.main()
+        with Image.open(gif) as opened:
+            assert opened.size == (16 * views, 16) and opened.n_frames == 4
+        return gif.read_bytes()
+
+    text = run("--actions", tmp_path / "a.txt", "--device", "cpu")
+    assert run("--actions", tmp_path / "a.npy") == text
+    assert run("--actions", tmp_path / "units.npy", "--raw", "false") == text
+    lines = "".join(" ".join(map(str, a)) + "\n" for a in raw)
+    assert run(typed=lines + "\n") == run(typed=lines)  # ended by an empty line or the end
+    (tmp_path / "words.txt").write_text("up up left")
+    for words, complaint in (
+        (["--actions", tmp_path / "words.txt"], "words.txt"),
+        (["--actions", tmp_path / "none.txt"], "none.txt"),
+        (["--image", tmp_path / "none.png"], "none.png"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            run(*words)
+    with pytest.raises(InputError, match="typed"):
+        run(typed="left 3\n")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -224,6 +321,8 @@ def test_gradient_and_grid_lower_the_cost():
     assert torch.equal(found, snapped) and value == 0
     with pytest.raises(InputError, match="candidates"):
         plan_grid(cost, torch.zeros(4, 10), dims=range(7))
+    with pytest.raises(InputError, match="elites"):
+        plan_cem(cost, truth, population=4, elites=5)
 
 
 def test_candidates_share_their_context_and_cost_eleven_passes_a_frame(model):
@@ -231,10 +330,7 @@ def test_candidates_share_their_context_and_cost_eleven_passes_a_frame(model):
     objective = dataclasses.replace(model.objective, steps=10)
     context, known = torch.randn(2, 2, 2, 192), torch.randn(1, 10)
     target, noise = torch.randn(3, 2, 2, 192), torch.randn(3, 2, 2, 192)
-    passes = []
-    model.dit.blocks[0].s_block.register_forward_pre_hook(
-        lambda _, inputs: passes.append(inputs[0].shape[:2].numel())
-    )
+    passes = count_passes(model.dit)
     cost = candidate_cost(model.dit, objective, context, known, target, noise)
     assert sum(passes) == 1  # the one frame before the newest, for all candidates
     candidates = torch.randn(4, 3, 10)
