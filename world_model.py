@@ -4,7 +4,7 @@
                                                   DiT + sampler --> next z --decoder--> frames
     actions --------------------------------------+
 
-Shapes: B batch, V views, T frames, H W pixels, h w latent grid, C latent channels, A action width.
+B batch, V views, T frames, H W pixels, h w latent grid, C latent channels, A action width
     frames   (B, T, H, W, 3), with several views (B, V, T, H, W, 3)   floats in [0, 1] or uint8
     z        (B, T, h, V w, C)   latents of the views side by side along the width
     actions  (B, T, A)           action[t] stands beside frame t and drives it to frame t + 1
@@ -118,15 +118,11 @@ def replace_dims(start: Tensor, dims: Sequence[int], values: Tensor) -> Tensor:
 
 def plan_cem(
     cost, start, dims=SEARCHED, limit=2.0, population=400, elites=50, iterations=5, generator=None
-) -> tuple[Tensor, Tensor]:
-    """Fit a Gaussian to the best candidates again and again: cross-entropy method.
-
-    The mean begins at `start`, the deviation at a quarter of the range  [arXiv 2605.06388, B.5]
-    """
+):
+    """Fit a Gaussian to the best candidates again and again [cross-entropy; 2605.06388, B.5]."""
     if not 2 <= elites <= population or iterations < 1:
         raise InputError(f"CEM: {elites} elites of {population}; keep 2 or more in 1 turn or more")
-    mean, tried = start[:, list(dims)], []
-    std = torch.full_like(mean, 2 * limit / 4)
+    mean, std, tried = start[:, list(dims)], 2 * limit / 4, []  # a quarter of the range
     for _ in range(iterations):
         eps = draw(torch.randn, (population, *mean.shape), start, generator)
         values = (mean + std * eps).clamp(-limit, limit)
@@ -156,10 +152,8 @@ def plan_grid(cost, start, dims=range(3), limit=2.0, points=5, most=100_000):
     """Try every combination of evenly spaced values; refuse more than `most` of them."""
     free = len(dims) * len(start)
     if points**free > most:
-        raise InputError(
-            f"grid: {points} points for {len(dims)} entries of {len(start)} actions are "
-            f"{points**free} candidates, over {most}; take fewer entries or points, or CEM"
-        )
+        count = f"{points} points for {free} numbers are {points**free} candidates, over {most}"
+        raise InputError(f"grid: {count}; take fewer numbers or points, or CEM")
     grid = torch.cartesian_prod(*[torch.linspace(-limit, limit, points)] * free).to(start)
     candidates = replace_dims(start, dims, grid.view(-1, len(start), len(dims)))
     costs = cost(candidates)
@@ -177,29 +171,26 @@ def candidate_cost(
     The first action goes beside the last context frame, the others beside the first k - 1 dreamed
     frames. Candidates share the noise and the cached context: 11 k frame passes each at 10 steps.
 
-    z_context    (n, h, w, C)        known latents; the newest max_frames - k are used
-    known        (n - 1, A)          the actions between them
-    z_target     (k or 1, h, w, C)   for every dreamed frame, or for the last
-    noise        (k, h, w, C)        gives k, the number of dreamed frames
-    last_action  (A,)                beside the last dreamed frame; None: the candidate's last
+    z_context, known  (n, h, w, C), (n - 1, A)   the newest max_frames - k latents are used
+    z_target          (k or 1, h, w, C)          for every dreamed frame, or for the last
+    noise             (k, h, w, C)
+    last_action       (A,)   beside the last dreamed frame; None: the candidate's last
     """
     k, cached = len(noise), hasattr(model, "encode_context")
     room = model.config.max_frames - k if hasattr(model, "config") else len(z_context)
     if room < 1:
         raise InputError(f"horizon {k}: the model sees {model.config.max_frames} frames in all")
-    z_context = z_context[-room:]
-    known = known[len(known) + 1 - len(z_context) :]
+    z_context, known = z_context[-room:], known[max(0, len(z_context) - room) :]
     shared = objective.encode_context(model, z_context[None, :-1], known[None]) if cached else None
 
     def spread(x: Tensor, a: Tensor) -> Tensor:
         return x.expand(len(a), *x.shape)
 
     def dream(a: Tensor) -> Tensor:
-        net, z, cache = model, z_context[-1:], None
-        if cached and not a.requires_grad:
-            cache = shared.expand(len(a), room=k + 1)
-        else:  # autograd cannot pass through a cache: hide it
-            net, z, a = functools.partial(model), z_context, torch.cat((spread(known, a), a), 1)
+        net, z, cache = model, z_context[-1:], shared and shared.expand(len(a), room=k + 1)
+        if a.requires_grad or not cached:  # autograd cannot pass through a cache: hide it
+            net, z, cache = functools.partial(model), z_context, None
+            a = torch.cat((spread(known, a), a), 1)
         z, _ = objective.extend(net, spread(z, a), a, spread(noise, a), cache=cache)
         return (z[:, -len(z_target) :] - z_target).square().mean((1, 2, 3, 4))
 
@@ -221,10 +212,10 @@ def save_world_model(path: str | Path, dit: DiT, objective: Objective, space: La
 
     data  {image_size, stride, num_history, action_merge, action_mapping, fps}
     """
-    encoder = space.encoder
-    metadata = {"objective": objective.to_dict(), "input_dim": encoder.latent_dim, "data": data}
-    metadata |= {"encoder_config": dataclasses.asdict(encoder.config)}
-    metadata |= {"encoder_fingerprint": encoder.fingerprint}
+    metadata = {"objective": objective.to_dict(), "data": data}
+    metadata |= {"encoder_config": dataclasses.asdict(space.encoder.config)}
+    metadata |= {"encoder_fingerprint": space.encoder.fingerprint}
+    metadata |= {"input_dim": space.encoder.latent_dim}
     tensors = {} if space.mean is None else {"latent.mean": space.mean, "latent.std": space.std}
     parts = {"dit": dit, "adapter": space.adapter, "pixel_decoder": space.pixel_decoder}
     for part, module in parts.items():
@@ -235,10 +226,7 @@ def save_world_model(path: str | Path, dit: DiT, objective: Objective, space: La
 
 
 def load_world_model(path: str | Path, encoder_weights=None, decoder_weights=None) -> tuple:
-    """Read what `save_world_model` wrote: (dit, objective, space, data).
-
-    encoder_weights, decoder_weights   where the public encoder lies here, if not where it lay
-    """
+    """Read what `save_world_model` wrote: (dit, objective, space, data)."""
     where = str(path)
     tensors, metadata = files.load_tensors(where)
     if not {"objective", "encoder_config", "encoder_fingerprint", "data"} <= metadata.keys():
@@ -249,10 +237,8 @@ def load_world_model(path: str | Path, encoder_weights=None, decoder_weights=Non
     values |= {name: path for name, path in paths.items() if path}
     encoder = create_autoencoder(files.config_from(EncoderConfig, values, where))
     if encoder.fingerprint != fingerprint:
-        raise InputError(
-            f"{where}: was trained on encoder {fingerprint}, here is {encoder.fingerprint}; "
-            "point encoder_weights at the weights it was trained with"
-        )
+        found = f"was trained on encoder {fingerprint}, here is {encoder.fingerprint}"
+        raise InputError(f"{where}: {found}; point encoder_weights at the weights of its training")
     dit, adapted = load_dit(where), metadata.get("adapter_config") is not None
     parts = load_adapter(where, fingerprint) if adapted else ()
     space = LatentSpace(encoder, *parts, num_views=dit.config.num_views)
@@ -273,8 +259,8 @@ class WorldModel:
         model.reset(frames[:2], actions[:1])
         new = model.generate_chunk(actions[1:])
 
-    checkpoint_path   and encoder_weights, decoder_weights: see `load_world_model`; or its parts
     device            default: CUDA, else Apple's MPS, else the CPU
+    encoder_weights   and decoder_weights: where the public encoder lies here, if not where it lay
     **sampler         guidance and context, see `Objective.extend`
     **draws           noise (B, K, h, V w, C), which fixes every draw, or a seeded `generator`
     """
@@ -289,13 +275,10 @@ class WorldModel:
             device = "mps" if torch.backends.mps.is_available() else "cpu"
             device = "cuda" if torch.cuda.is_available() else device
         if dit.config.in_channels != (C := space.latent_dim):
-            raise InputError(
-                f"the DiT predicts {dit.config.in_channels} channels, the latents have {C}; "
-                "choose the encoder and adapter it was trained with"
-            )
-        self.device, self.sampler = torch.device(device), sampler
-        self.dit = dit.eval().requires_grad_(False).to(self.device)
-        self.space = space.to(self.device)
+            channels = f"the DiT predicts {dit.config.in_channels} channels, the latents have {C}"
+            raise InputError(f"{channels}; choose the encoder and adapter of its training")
+        self.device, self.sampler, self.space = torch.device(device), sampler, space.to(device)
+        self.dit = dit.eval().requires_grad_(False).to(device)
         self.action_dim = dit.config.action_dim // space.temporal_stride
         self.z: Tensor | None = None  # (B, n, h, V w, C) known latents, at most a window of them
         self.actions: Tensor | None = None  # (B, frames of z, A) the newest slot is still open

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 import world_model
+from adapter import AdapterConfig, PixelDecoder, PixelDecoderConfig, create_adapter
 from data import InputError, map_actions, save_tensors
 from diffusion import DDPM, FlowMatching
-from dit import DiT, DiTConfig
+from dit import DiT, DiTConfig, merge_views, split_views
 from encoders import EncoderConfig, create_autoencoder
 from world_model import (
     LatentSpace,
@@ -186,6 +187,75 @@ def test_every_objective_and_head_survives_the_file(tmp_path, objective, wide):
     video = model.rollout(frames, actions, generator=seed())
     assert video.shape == (5, 16, 16, 3) and torch.equal(video[:2], frames)
     assert torch.equal(video, model.rollout(frames, actions, generator=seed()))
+
+
+def test_adapter_and_pixel_decoder_travel_in_the_file(tmp_path):
+    encoder = create_autoencoder(EncoderConfig("pixels", patch_size=8))
+    adapter = create_adapter(AdapterConfig("mlp", adapter_latent_dim=8), 192)
+    shape = dict(latent_dim=8, base_channels=32, channel_multipliers=(1, 1, 1, 1))
+    space = LatentSpace(encoder, adapter, PixelDecoder(PixelDecoderConfig(**shape)))
+    dit = DiT(DiTConfig(8, 1, 64, 1, 1, max_frames=4))
+    save_world_model(tmp_path / "m.safetensors", dit, FlowMatching(steps=2), space, ABOUT)
+    model, frames = WorldModel(tmp_path / "m.safetensors", "cpu"), torch.rand(1, 2, 16, 16, 3)
+    z = space.encode(frames)
+    assert torch.equal(model.encode(frames), z) and z.shape == (1, 2, 2, 2, 8)
+    assert torch.equal(model.decode(z), space.decode(z))
+    assert model.space.fingerprint == space.fingerprint != encoder.fingerprint
+
+
+class Pairs(torch.nn.Module):
+    """An encoder of two frames in one latent: their mean."""
+
+    temporal_stride, latent_dim, has_decoder, fingerprint = 2, 192, True, "pairs"
+
+    def __init__(self):
+        super().__init__()
+        self.single = create_autoencoder(EncoderConfig("pixels", patch_size=8))
+
+    def encode(self, frames):
+        return self.single.encode(frames.unflatten(-4, (-1, 2)).mean(-4))
+
+    def decode(self, z):
+        return self.single.decode(z).repeat_interleave(2, -4)
+
+
+def test_two_frame_latents_take_two_actions(monkeypatch):
+    dit = DiT(DiTConfig(192, 1, 64, 1, 1, action_dim=20, max_frames=3))
+    model = WorldModel.from_parts(dit, FlowMatching(steps=2), LatentSpace(Pairs()), ABOUT, "cpu")
+    seen, extend = [], FlowMatching.extend
+
+    def spy(self, dit, z, actions, noise, **options):
+        seen.append(actions[0, :, ::10].tolist())
+        return extend(self, dit, z, actions, noise, **options)
+
+    monkeypatch.setattr(FlowMatching, "extend", spy)
+    actions = torch.arange(1.0, 9.0)[:, None].expand(8, 10)
+    model.reset(torch.rand(4, 16, 16, 3), actions[:3])
+    assert model.generate_chunk(actions[3:5]).shape == (2, 16, 16, 3)
+    model.generate_chunk(actions[5:7])
+    assert seen == [[[1, 2], [3, 4], [5, 5]], [[1, 2], [3, 4], [5, 6], [7, 7]]]
+    for call, complaint in (
+        (lambda: model.step(actions[0]), "multiple"),
+        (lambda: model.reset(torch.rand(3, 16, 16, 3)), "multiple"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            call()
+
+
+def test_tokens_keep_their_view_through_a_rollout(tmp_path):
+    """Every cell carries its view and place, and a model that adds one to the newest frame."""
+    V, h, w = 3, 2, 4
+    cells = torch.stack(torch.meshgrid(*map(torch.arange, (V, h, w)), indexing="ij"), -1).float()
+    z = merge_views(cells[None, :, None])
+
+    def count_up(z_tau, tau, actions):
+        target = torch.cat((z_tau[:, :1], z_tau[:, :-1] + 1), 1)
+        return (z_tau - target) / tau[..., None, None, None].clamp(min=1e-6)
+
+    out = FlowMatching().rollout(count_up, z, torch.zeros(1, 4, 10), 3)
+    views = split_views(out, V)  # (1, V, T, h, w, 3)
+    for t in range(4):
+        torch.testing.assert_close(views[0, :, t], cells + t, atol=1e-4, rtol=0)
 
 
 def test_views_keep_their_places(tmp_path):
