@@ -1386,42 +1386,7 @@ def merge_actions(actions: np.ndarray, times: np.ndarray, merge: str) -> np.ndar
     return merged
 
 
-# --- Latent cache: what a frozen encoder made of every frame, in bfloat16. Then clips, served.
-
-
-def latent_cache(config: DataConfig, folder: Path, split: str, latents: str) -> tuple:
-    """Return a cache's folder, its episodes (number, length), and what marks it complete."""
-    entries = read_index(folder)[2].get(split, [])
-    mine = [(e["number"], e["length"]) for e in entries if {*config.views} <= {*e["views"]}]
-    key = json.dumps([latents, config.image_size, config.views])
-    name = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return folder / split / f"latents_{name}", mine, json.dumps([key, mine]).encode()
-
-
-def write_latent_cache(
-    config: DataConfig, split: str, latents: str, encode: Callable, shard: tuple[int, int] = (0, 1)
-) -> None:
-    """Encode every frame of the config's data sets once; a killed run continues where it was.
-
-    latents  fingerprint of everything that shapes a latent: encoder, its weights, adapter
-    encode   (1, T, H, W, 3) in [0, 1] -> (1, T, h, w, C), called with at most 32 frames
-    shard    (rank, world): this process encodes its part; whoever sees all parts there, says so
-    """
-    for name in map(str.strip, config.subset_names.split(",")):
-        folder, quiet = Path(config.dataset_dir) / name, shard[0] > 0 or None
-        target, mine, complete = latent_cache(config, folder, split, latents)
-        paths = [target / f"{number:09d}.safetensors" for number, _ in mine]
-        for path in tqdm(paths[shard[0] :: shard[1]], f"cache {name} {split}", disable=quiet):
-            if not path.exists():
-                episode, z = Episode(folder / split / path.name), []
-                for view, t in itertools.product(config.views, range(0, len(episode), 32)):
-                    times = range(t, min(t + 32, len(episode)))
-                    frames = episode.frames(times, [view], config.image_size, np.float32)
-                    z.append(encode(torch.from_numpy(frames))[0].bfloat16().cpu())
-                z = torch.cat(z).unflatten(0, (len(config.views), len(episode)))
-                save_tensors(path, {"z": z}, {"fingerprint": latents})
-        if all(path.exists() for path in paths):
-            write_atomic(target / "complete.json", complete)
+# --- Clips, served: frames, or what a frozen encoder made of them, cached in bfloat16.
 
 
 class Clip(NamedTuple):
@@ -1447,7 +1412,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         self.variable = config.variable_history and split == "train"
         span = (config.num_frames - 1) * (config.stride if config.sampling == "stride" else 1)
         self.dropped, self.sizes = {"missing view": 0, "too short": 0}, []
-        self.entries, self.caches, headers = [], {}, []
+        self.entries, headers = [], []
         for name in map(str.strip, config.subset_names.split(",")):
             folder = Path(config.dataset_dir) / name
             if name in ("", ".", "..") or folder.name != name:
@@ -1463,13 +1428,13 @@ class EpisodeDataset(torch.utils.data.Dataset):
                     "convert more, shorten the clips or take other views"
                 )
             if latents is not None:
-                target, _, complete = latent_cache(config, folder, split, latents)
-                marker = target / "complete.json"
-                if not marker.exists() or marker.read_bytes() != complete:
-                    state = "a stale" if marker.exists() else "no complete"
-                    remedy = "write it with --cache_latents True"
-                    raise InputError(f"{target}: {state} latent cache; {remedy}")
-                self.caches[folder / split] = target
+                target = self.latent_folder(folder / split)
+                cached = {*os.listdir(target)} if target.is_dir() else set()
+                if lost := sum(f"{e['number']:09d}.safetensors" not in cached for _, e in kept):
+                    raise InputError(
+                        f"{target}: no complete latent cache, {lost} of {len(kept)} episodes lack; "
+                        "write it with --cache_latents True"
+                    )
             headers.append(header)
             self.entries += kept
             self.sizes.append(len(kept))
@@ -1508,15 +1473,44 @@ class EpisodeDataset(torch.utils.data.Dataset):
         actions = torch.from_numpy(merge_actions(episode.actions, times, config.action_merge))
         return Clip(frames[0] if len(frames) == 1 else frames, actions)
 
+    def latent_folder(self, folder: Path) -> Path:
+        """Name the cache of a split's folder for this fingerprint, frame size and these cameras."""
+        key = json.dumps([self.latents, self.config.image_size, self.config.views])
+        return folder / f"latents_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
     def read_latents(self, episode: Episode, times: np.ndarray) -> torch.Tensor:
         """Read the latents of a clip's frames, and no other bytes: (V, T, h, w, C) float32."""
         path, shape = episode.path, [len(self.config.views), len(episode)]
-        with open_tensors(self.caches[path.parent] / path.name) as (file, metadata):
+        with open_tensors(self.latent_folder(path.parent) / path.name) as (file, metadata):
             rows = file.get_slice("z")
             found = rows.get_dtype(), len(rows.get_shape()), rows.get_shape()[:2]
             if found != ("BF16", 5, shape) or metadata["fingerprint"] != self.latents:
                 raise ValueError(f"{found} of {metadata['fingerprint']}")
             return torch.cat([rows[:, t : t + 1] for t in times.tolist()], dim=1).float()
+
+
+def write_latent_cache(
+    config: DataConfig, split: str, latents: str, encode: Callable, shard: tuple[int, int] = (0, 1)
+) -> None:
+    """Encode every frame of the config's data sets once; a killed run continues where it was.
+
+    latents  fingerprint of everything that shapes a latent: encoder, its weights, adapter
+    encode   (1, T, H, W, 3) in [0, 1] -> (1, T, h, w, C), called with at most 32 frames
+    shard    (rank, world): this process encodes its part of the episodes
+    """
+    every = EpisodeDataset(dataclasses.replace(config, num_frames=1, num_history=0), split)
+    every.latents, quiet = latents, shard[0] > 0 or None
+    for i in tqdm(range(shard[0], len(every), shard[1]), f"cache {split}", disable=quiet):
+        source = every.info(i)["path"]
+        path = every.latent_folder(source.parent) / source.name
+        if not path.exists():
+            episode, z = Episode(source), []
+            for view, t in itertools.product(config.views, range(0, len(episode), 32)):
+                times = range(t, min(t + 32, len(episode)))
+                frames = episode.frames(times, [view], config.image_size, np.float32)
+                z.append(encode(torch.from_numpy(frames))[0].bfloat16().cpu())
+            z = torch.cat(z).unflatten(0, (len(config.views), len(episode)))
+            save_tensors(path, {"z": z}, {"fingerprint": latents})
 
 
 class ClipSampler(torch.utils.data.Sampler):
