@@ -1483,9 +1483,10 @@ class EpisodeDataset(torch.utils.data.Dataset):
         path, shape = episode.path, [len(self.config.views), len(episode)]
         with open_tensors(self.latent_folder(path.parent) / path.name) as (file, metadata):
             rows = file.get_slice("z")
-            found = rows.get_dtype(), len(rows.get_shape()), rows.get_shape()[:2]
-            if found != ("BF16", 5, shape) or metadata["fingerprint"] != self.latents:
-                raise ValueError(f"{found} of {metadata['fingerprint']}")
+            found = rows.get_dtype(), len(rows.get_shape()), rows.get_shape()[:2], metadata
+            made_of = {"fingerprint": self.latents, "jpeg_bytes": int(episode.offsets[-1])}
+            if found != ("BF16", 5, shape, made_of):
+                raise ValueError(f"stale latents, {found}, not {made_of}")
             return torch.cat([rows[:, t : t + 1] for t in times.tolist()], dim=1).float()
 
 
@@ -1510,7 +1511,8 @@ def write_latent_cache(
                 frames = episode.frames(times, [view], config.image_size, np.float32)
                 z.append(encode(torch.from_numpy(frames))[0].bfloat16().cpu())
             z = torch.cat(z).unflatten(0, (len(config.views), len(episode)))
-            save_tensors(path, {"z": z}, {"fingerprint": latents})
+            made_of = {"fingerprint": latents, "jpeg_bytes": int(episode.offsets[-1])}
+            save_tensors(path, {"z": z}, made_of)
 
 
 class ClipSampler(torch.utils.data.Sampler):

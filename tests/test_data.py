@@ -1127,6 +1127,12 @@ def test_partial_and_stale_caches_are_refused(tmp_path):
     count = []
     cache(tmp_path, encode=lambda frames: count.append(frames.shape[1]) or encode(frames))
     assert count == [12] and len(opened_latents(tmp_path)) == 4  # only the new one was encoded
+    frames, actions = [jpeg(picture(t + 50)) for t in range(9)], np.zeros((9, 10))
+    data.write_episode(tmp_path / "robot/train/000000000.safetensors", frames, actions, {})
+    dataset = opened_latents(tmp_path)
+    assert dataset[1].frames.shape == (4, 4, 4, 3)
+    with pytest.raises(data.InputError, match="stale"):  # as long as before, of other pictures
+        dataset[0]
 
 
 def test_cache_interrupted_at_any_write_continues(tmp_path, monkeypatch):
