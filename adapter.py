@@ -46,11 +46,15 @@ class AdapterConfig:
     adapter_mid_heads: int | None = None  # progressive: default the most <= 16 that divide mid
     adapter_latent_layers: int = 0  # svae: refinement blocks at width C on each side
     adapter_latent_heads: int | None = None  # their heads: default the most <= 8 that divide C
+    adapter_pca: bool = False  # svae, flat: see principal axes of the features, begin as their PCA
     adapter_hidden_dim: int | None = None  # mlp: hidden width, default (D + C) // 2
 
     def __post_init__(self):
         if self.adapter_type not in ("identity", "mlp", "svae"):
             raise InputError(f"adapter_type {self.adapter_type!r}: choose identity, mlp or svae")
+        plain = self.adapter_type == "svae" and not self.adapter_progressive
+        if self.adapter_pca and (not plain or self.adapter_latent_layers):
+            raise InputError("adapter_pca: needs a flat svae without latent layers")
         check_fields(self, may_be_zero=("adapter_latent_layers",))
 
 
@@ -67,6 +71,7 @@ class PixelDecoderConfig:
     temporal_upsample: bool = False  # two frames from each latent (Qwen video features)
     attn_resolutions: tuple[int, ...] = (16,)  # levels with attention: 16, 32, 64, ... from inside
     attn_heads: int = 4  # heads of every attention
+    norm_groups: int = 32  # of every GroupNorm; with under 3 channels each, brightness gets lost
 
     def __post_init__(self):
         self.channel_multipliers = tuple(self.channel_multipliers)
@@ -76,7 +81,7 @@ class PixelDecoderConfig:
         wrong = {
             "channel_multipliers: give 1 to 8 of them": not 1 <= len(levels) <= 8,
             f"attn_resolutions: levels are {levels}": {*self.attn_resolutions} - {*levels},
-            "base_channels: GroupNorm needs a multiple of 32": self.base_channels % 32,
+            "base_channels: needs a multiple of norm_groups": self.base_channels % self.norm_groups,
             "attn_heads: must divide base_channels": self.base_channels % self.attn_heads,
             "dropout: must be in [0, 1)": not 0 <= self.dropout < 1,
             "output_activation: sigmoid or none": self.output_activation not in ("sigmoid", "none"),
@@ -103,10 +108,6 @@ def check_fields(config: Any, may_be_zero: tuple[str, ...] = ()) -> None:
 def most_heads(width: int, limit: int) -> int:
     """Return the largest number of heads up to `limit` that divides `width`."""
     return next(n for n in range(min(limit, width), 0, -1) if width % n == 0)
-
-
-# ------------------------------------------------------------------------------------------------
-# Adapters
 
 
 class TransformerBlock(nn.Module):
@@ -223,6 +224,9 @@ class SVAEAdapter(Adapter):
         self.dec_blocks = stack(layers, D, heads, config.adapter_intermediate_size)
         self.enc_norm, self.enc_proj = nn.LayerNorm(mid), nn.Linear(mid, 2 * C)
         self.dec_proj, self.dec_norm = nn.Linear(C, mid), nn.LayerNorm(D)
+        if config.adapter_pca:
+            self.register_buffer("center", torch.zeros(D))
+            self.register_buffer("axes", torch.eye(D))
         if config.adapter_latent_layers:
             narrow = (config.adapter_latent_layers, C, narrow_heads)
             self.latent_enc_blocks, self.latent_enc_norm = stack(*narrow), nn.LayerNorm(C)
@@ -230,6 +234,7 @@ class SVAEAdapter(Adapter):
 
     def posterior(self, z: Tensor) -> tuple[Tensor, Tensor]:
         *lead, h, w, D = super().posterior(z)[0].shape
+        z = (z - self.center) @ self.axes if self.config.adapter_pca else z
         x = self.enc_blocks(z.reshape(-1, h * w, D))  #                                  (N, hw, D)
         if self.config.adapter_progressive:
             x = self.enc_blocks_mid(self.enc_down(self.enc_norm_high(x)))  #           (N, hw, mid)
@@ -250,26 +255,49 @@ class SVAEAdapter(Adapter):
         x = self.dec_proj(x)  #                                             (N, hw, D), mid or flat
         if self.config.adapter_progressive:
             x = self.dec_up(self.dec_norm_mid(self.dec_blocks_mid(x)))  #                (N, hw, D)
-        return self.dec_norm(self.dec_blocks(x)).reshape(*lead, h, w, -1)
+        z = self.dec_norm(self.dec_blocks(x)).reshape(*lead, h, w, -1)
+        return z @ self.axes.T + self.center if self.config.adapter_pca else z
 
+    @torch.no_grad()
+    def begin_as_pca(self, mean: Tensor, axes: Tensor, variances: Tensor) -> None:
+        """Make encode and decode the projection on the first principal axes, nearly.
 
-# ------------------------------------------------------------------------------------------------
-# Pixel decoder (channels first inside)
+        u_i = y_i / variance_i^(1/4),  y = (z - mean) @ axes;  blocks begin as the identity. A norm
+        over channels would lose what its mean and its length carry (the grey level of raw patches:
+        all channels alike); +-sink in the two weakest channels makes it nearly linear.
+
+        mean, axes, variances  (D,), (D, D), (D,)   strongest axis first
+        """
+        self.center.copy_(mean), self.axes.copy_(axes)
+        sink = 4 * variances.sum().sqrt()
+        unit = sink * math.sqrt(2 / len(mean))  # the standard deviation that the norms divide by
+        for blocks in (self.enc_blocks, self.dec_blocks):
+            for dense in (d for b in blocks for d in (b.attention["output"], b.output)):
+                dense["dense"].weight.zero_(), dense["dense"].bias.zero_()
+            blocks[-1].output["dense"].bias[-2:] = torch.stack((sink, -sink))
+        scale = variances[: self.latent_dim].clamp_min(1e-6 * variances[0]) ** 0.25
+        for layer in (self.enc_proj, self.dec_proj):
+            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+        self.enc_proj.weight[: len(scale)].fill_diagonal_(1).mul_((unit / scale)[:, None])
+        self.enc_proj.bias[len(scale) :] = -4.0  # logvar
+        self.dec_proj.weight.fill_diagonal_(1).mul_(scale)
+        self.dec_norm.weight.fill_(unit)[-2:] = 0.0
 
 
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
-group_norm = partial(nn.GroupNorm, 32, eps=1e-6)
+group_norm = partial(nn.GroupNorm, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
     """Add two 3x3 convolutions of the normalised input to the input."""
 
-    def __init__(self, channels_in: int, channels_out: int, dropout: float):
+    def __init__(self, channels_in: int, channels_out: int, config: PixelDecoderConfig):
         super().__init__()
-        self.norm1, self.norm2 = group_norm(channels_in), group_norm(channels_out)
+        self.norm1 = group_norm(config.norm_groups, channels_in)
+        self.norm2 = group_norm(config.norm_groups, channels_out)
         self.conv1 = conv3x3(channels_in, channels_out)
         self.conv2 = conv3x3(channels_out, channels_out)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config.dropout)
         same = channels_in == channels_out
         self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
@@ -281,9 +309,9 @@ class ResidualBlock(nn.Module):
 class SpatialAttention(nn.Module):
     """Add attention among all positions of one frame."""
 
-    def __init__(self, channels: int, heads: int):
+    def __init__(self, channels: int, config: PixelDecoderConfig):
         super().__init__()
-        self.heads, self.norm = heads, group_norm(channels)
+        self.heads, self.norm = config.attn_heads, group_norm(config.norm_groups, channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in "qkvp")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -310,21 +338,21 @@ class PixelDecoder(nn.Module):
             self.temporal_upsample = nn.ConvTranspose1d(C, C, kernel_size=4, stride=2, padding=1)
         width = widths[0]
         self.proj_in = nn.Conv2d(C, width, 1)
-        self.mid_block1 = ResidualBlock(width, width, config.dropout)
-        self.mid_attn = SpatialAttention(width, config.attn_heads)
-        self.mid_block2 = ResidualBlock(width, width, config.dropout)
+        self.mid_block1 = ResidualBlock(width, width, config)
+        self.mid_attn = SpatialAttention(width, config)
+        self.mid_block2 = ResidualBlock(width, width, config)
         self.up_levels = nn.Sequential()
         for i, (inner, n) in enumerate(pairwise([width, *widths])):
             level, inputs = nn.Sequential(), [inner] + [n] * (config.num_res_blocks - 1)
-            blocks = (ResidualBlock(m, n, config.dropout) for m in inputs)
+            blocks = (ResidualBlock(m, n, config) for m in inputs)
             level.add_module("blocks", nn.Sequential(*blocks))
             if GRID << i in config.attn_resolutions:
-                level.add_module("attn", SpatialAttention(n, config.attn_heads))
+                level.add_module("attn", SpatialAttention(n, config))
             if i < len(widths) - 1:
                 level.add_module("upsample", nn.Sequential(nn.Upsample(scale_factor=2.0)))
                 level.upsample.add_module("conv", conv3x3(n, n))
             self.up_levels.append(level)
-        self.norm_out, self.conv_out = group_norm(n), conv3x3(n, 3)
+        self.norm_out, self.conv_out = group_norm(config.norm_groups, n), conv3x3(n, 3)
 
     def forward(self, u: Tensor) -> Tensor:
         *lead, T, h, w, C = u.shape
@@ -339,10 +367,6 @@ class PixelDecoder(nn.Module):
         x = self.conv_out(F.silu(self.norm_out(x))).permute(0, 2, 3, 1)  #             (N, H, W, 3)
         x = x.sigmoid() if self.config.output_activation == "sigmoid" else x
         return x.reshape(*lead, T, *x.shape[1:])
-
-
-# ------------------------------------------------------------------------------------------------
-# Build, save, load
 
 
 def create_adapter(config: AdapterConfig, input_dim: int) -> Adapter:

@@ -8,53 +8,43 @@
 
 Defaults are the paper's (arXiv 2605.06388, section 4 and appendix B). N processes compute what one
 would with the same global batch: noise, noise levels and action dropout are drawn for the global
-batch and sliced.
+batch and sliced. A killed run, resumed, ends with the weights of an undisturbed one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import csv
 import dataclasses
+import functools
 import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import sys
 import time
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (
-    Clip,
-    ClipSampler,
-    DataConfig,
-    EpisodeDataset,
-    InputError,
-    MissingFileError,
-    config_from,
-    generate_toy,
-    init_processes,
-    load_strictly,
-    load_torch,
-    parse_args,
-    run_cli,
-    write_atomic,
-    write_gif,
-    write_latent_cache,
-)
+import data
+from data import Clip, ClipSampler, EpisodeDataset, InputError, write_atomic
 from diffusion import OBJECTIVES, draw, time_shift
 from dit import DIT_SIZES, DiT, DiTConfig, load_dit
 from encoders import EncoderConfig
@@ -62,14 +52,16 @@ from world_model import build_latent_space, save_world_model
 
 NATIVE_SEMANTIC = ("rae", "scale_rae_siglip", "scale_rae_webssl", "qwen", "vjepa2")
 COLUMNS = (
-    "step loss grad_norm lr clips_per_s ms_per_step skipped memory_gb psnr_model psnr_shuffled "
-    "psnr_copy psnr_ceiling latent_mse_model latent_mse_shuffled latent_mse_copy"
+    "step loss grad_norm lr clips_per_s ms_per_step mfu minutes_left memory_gb skipped psnr_model "
+    "psnr_shuffled psnr_copy psnr_ceiling latent_mse_model latent_mse_shuffled latent_mse_copy"
 ).split()
-FIXED = (
+FIXED = (  # what resuming may not change
     "subset_names image_size num_frames num_history stride variable_history action_merge num_views "
     "encoder_type pixel_patch adapter_type dit_size dit_patch wide_head temporal_mode view_rope "
     "objective seed"
-).split()  # what resuming may not change
+).split()
+# Dense bfloat16 TFLOP/s by the name of the device; elsewhere model FLOPs utilisation stays blank.
+PEAKS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
 
 
 @dataclass
@@ -170,20 +162,300 @@ TOY = Args(  # 64 tokens a frame and two layers: a step of 80 clip frames takes 
 )
 
 
-def lr_at(step: int, args: Args, steps_per_epoch: int) -> float:
+# -- how a run begins, goes on and ends: the same lines in train_adapter.py and train_dit.py -------
+
+
+def lr_at(step: int, args: Args, steps_per_epoch: float) -> float:
     """Warm up linearly from lr / 1000, then follow half a cosine down to `final_lr` times lr."""
     warmup, total = args.warmup_epochs * steps_per_epoch, args.num_epochs * steps_per_epoch
     if step < warmup:
         return args.lr * (1e-3 + (1 - 1e-3) * step / warmup)
-    progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
-    return args.lr * (
-        args.final_lr + (1 - args.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-    )
+    wave = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup))))
+    return args.lr * (args.final_lr + (1 - args.final_lr) * wave)
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio per frame in dB; (..., H, W, 3) in [0, 1] -> (...)."""
     return -10 * (a - b).square().mean((-3, -2, -1)).clamp_min(1e-10).log10()
+
+
+def read_args() -> tuple[Args, list[str]]:
+    """Parse the command line over the config of the run to --resume: (args, what differs)."""
+    if not (found := re.search("\0--resume[=\0]([^\0]+)", "\0".join(sys.argv))):
+        return data.parse_args(Args, toy=TOY), []
+    path = Path(found[1]) / "config.json"
+    if not path.is_file():
+        raise data.MissingFileError(f"{path}: no such file; --resume takes the folder of a run")
+    old = data.config_from(Args, json.loads(path.read_text()), str(path))
+    new, changes = data.parse_args(Args, toy=TOY, default=old), []
+    for name, before in vars(old).items():
+        if (now := getattr(new, name)) != before and name not in ("resume", "output_dir"):
+            changes.append(f"changed since the run was started: {name} {before} -> {now}")
+            if name in FIXED:
+                raise InputError(
+                    f"--{name} {now}: the run was started with {before}, which resuming cannot "
+                    "change; leave the flag out or start a new run"
+                )
+    return new, changes
+
+
+def begin() -> tuple[Args, data.Processes]:
+    """Read the flags, join the other processes, seed every random generator."""
+    args, changes = read_args()
+    proc = data.init_processes(args.device)
+    if changes and proc.rank == 0:
+        print(*changes, sep="\n")
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
+    return args, proc
+
+
+def choose_clips(args: Args, proc: data.Processes, **others) -> data.DataConfig:
+    """Say how clips are cut, as the flags do; write the toy world when it is first used."""
+    known = {field.name for field in dataclasses.fields(data.DataConfig)} & vars(args).keys()
+    values = {name: getattr(args, name) for name in known}
+    if "toy" in args.subset_names.split(",") and proc.rank == 0:
+        if not (Path(args.dataset_dir) / "toy").exists():
+            data.generate_toy(args.dataset_dir)
+    if proc.world > 1:
+        torch.distributed.barrier()
+    return data.DataConfig(**values, views=args.num_views, **others)
+
+
+def ignore_signals(_: int) -> None:
+    """Leave signals, which reach loader processes too, to the training process."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Run:
+    """Keep a run's folder so that a killed run, resumed, is the same run; tell how it goes.
+
+    folder   gets config.json, log.csv, loss.png, last.pt and, one save older, previous.pt
+    parts    {name: module or optimiser} that a checkpoint holds
+    dataset  whose clips are drawn
+    flops    of the forward passes of this process in one step
+    """
+
+    def __init__(self, folder: Path, args: Args, proc, parts: dict, dataset, flops=lambda: 0):
+        self.folder, self.args, self.proc, self.parts = folder, args, proc, parts
+        self.dataset, self.device, self.step, self.state = dataset, proc.device, 0, None
+        self.say = print if proc.rank == 0 else lambda *_: None
+        self.rotate = True  # whether last.pt deserves to become previous.pt
+        self.global_batch = args.batch_size * args.grad_accum * proc.world
+        self.epoch_steps = max(1, len(dataset) // self.global_batch)
+        self.sums, (self.skipped, self.in_a_row) = {}, torch.zeros(2, device=proc.device)
+        self.config = dataclasses.asdict(dataclasses.replace(args, resume=None))
+        if args.resume:
+            self.load()
+        elif any((folder / name).exists() for name in ("last.pt", "previous.pt")):
+            raise InputError(f"{folder}: holds a run; --resume {folder} or take another folder")
+        self.last_step = args.max_steps
+        if args.max_steps is None:
+            self.last_step = args.num_epochs * self.epoch_steps
+        self.log = folder / "log.csv"
+        if proc.rank == 0:
+            write_atomic(folder / "config.json", json.dumps(self.config, indent=1).encode())
+            old = self.log.read_text().splitlines(True)[1:] if self.log.exists() else []
+            kept = [x for x in old if x[-1] == "\n" and int(x.partition(",")[0]) <= self.step]
+            write_atomic(self.log, (",".join(COLUMNS) + "\n" + "".join(kept)).encode())
+        self.signals: list[int] = []
+        self.handlers = {
+            number: signal.signal(number, lambda number, _: self.signals.append(number))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        self.peak = next((1e12 * peak for kind, peak in PEAKS.items() if kind in name), None)
+        self.flops = 3 * flops() if self.peak else 0  # the backward pass takes twice the forward's
+        self.say(f"{len(dataset)} episodes, {self.epoch_steps} steps an epoch, {folder}")
+        hidden = proc.rank > 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=self.last_step, initial=self.step, disable=hidden)
+        self.since, self.began = self.step, time.perf_counter()
+
+    def load(self) -> None:
+        """Go on from the newest checkpoint that is whole."""
+        for path in (self.folder / "last.pt", self.folder / "previous.pt"):
+            try:
+                self.state = data.load_torch(path)
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip():
+                        raise InputError(f"{path}: its checksums do not match")
+                self.rotate = path.name == "last.pt"
+                break
+            except (InputError, zipfile.BadZipFile) as error:
+                self.say(f"warning: {error}")
+        else:
+            raise data.MissingFileError(f"{self.folder}: no whole last.pt or previous.pt to resume")
+        if self.state["global_batch"] != self.global_batch:
+            raise InputError(
+                f"{self.folder}: was trained with {self.state['global_batch']} clips a step, now "
+                f"{self.global_batch} (batch_size x grad_accum x processes); make them equal"
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(self.state.pop(name))
+        self.step, self.skipped[...] = self.state["step"], self.state["skipped"]
+        self.say(f"resumed {self.folder} at step {self.step}")
+
+    def batches(self, clips) -> Iterator:
+        """Serve this process's batches from here on, every random generator as it was here."""
+        args, proc, start = self.args, self.proc, self.step * self.args.grad_accum
+        self.sampler = ClipSampler(self.dataset, args.batch_size, proc.rank, proc.world, start)
+        options = {"pin_memory": self.device.type == "cuda", "worker_init_fn": ignore_signals}
+        loader = DataLoader(
+            clips, batch_sampler=self.sampler, num_workers=args.num_workers, **options
+        )
+        batches = iter(loader)  # draws a number
+        if self.state:
+            python, numpy, cpu, cuda = self.state["random"][proc.rank % len(self.state["random"])]
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.set_rng_state(cpu)
+            if cuda is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(cuda, self.device)
+        return batches
+
+    @contextlib.contextmanager
+    def writing(self):
+        """Let a run go on that cannot write: files written before stay as they are."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"warning: step {self.step} could not be saved ({error}); the run goes on")
+
+    def save(self) -> None:
+        """Write last.pt, keep the one before as previous.pt; a kill leaves at least one of them."""
+        kind, keys, *others = np.random.get_state()
+        numpy = (kind, keys.tolist(), *others)
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        mine, states = (random.getstate(), numpy, torch.get_rng_state(), cuda), [None]
+        if self.proc.world > 1:
+            states *= self.proc.world
+            torch.distributed.all_gather_object(states, mine)
+        if self.proc.rank > 0:
+            return
+        epoch, position = divmod(self.step * self.global_batch, len(self.dataset))
+        state = {"step": self.step, "epoch": epoch, "position": position, "config": self.config}
+        state |= {"global_batch": self.global_batch, "skipped": self.skipped.item()}
+        state |= {"random": states if self.proc.world > 1 else [mine]}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        last = self.folder / "last.pt"
+
+        def write(path: Path) -> None:
+            try:
+                torch.save(state, path)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(error) from error
+            if self.rotate and last.exists():
+                os.replace(last, last.with_name("previous.pt"))
+            self.rotate = True
+
+        with self.writing():
+            write_atomic(last, write)
+            self.draw()
+
+    def stopped(self) -> bool:
+        """Whether a signal came to any process; all get the same answer."""
+        if self.proc.world == 1:
+            return bool(self.signals)
+        if self.step % self.args.log_every:
+            return False
+        votes = torch.tensor(float(bool(self.signals)), device=self.device)
+        torch.distributed.all_reduce(votes)
+        return votes.item() > 0
+
+    def update(self, optimizer: torch.optim.Optimizer, norms: list[Tensor], *others) -> None:
+        """Step the optimisers, unless a gradient is not finite; fused AdamW needs no sync for it."""
+        bad = (~torch.stack(norms).isfinite().all()).float()
+        for each in (optimizer, *others):
+            each.found_inf = bad
+            each.step()
+            each.zero_grad(set_to_none=True)
+        self.skipped += bad
+        self.in_a_row = (self.in_a_row + 1) * bad
+        self.step += 1
+        self.bar.update()
+
+    def write(self, row: dict[str, float], show: bool = True) -> None:
+        """Append a row to log.csv and show it."""
+        values = (row.get(name, "") for name in COLUMNS)
+        texts = (f"{v:.8g}" if isinstance(v, float) else str(v) for v in values)
+        if self.proc.rank == 0:
+            with self.writing(), self.log.open("a") as file:
+                file.write(",".join(texts) + "\n")
+        if show:
+            texts = [f"{name} {value:.4g}" for name, value in row.items() if name != "step"]
+            self.say(f"step {self.step}: {', '.join(texts)}")
+
+    def add(self, **values: Tensor) -> None:
+        """Collect losses of a micro step; `report` gives their means."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach() / self.args.grad_accum
+
+    def report(self, lr: float, **norms: Tensor) -> None:
+        """Log the mean losses since the last report; stop after ten steps that were not finite."""
+        steps = self.step - self.since
+        means = torch.stack([*(x / steps for x in self.sums.values()), *norms.values()])
+        means = torch.cat((means, self.in_a_row[None]))
+        if self.proc.world > 1:
+            torch.distributed.all_reduce(means)
+        *means, bad = (means / self.proc.world).tolist()  # the only host sync
+        row = {"step": self.step, **dict(zip((*self.sums, *norms), means, strict=True)), "lr": lr}
+        pace = (time.perf_counter() - self.began) / steps
+        row |= {"clips_per_s": self.global_batch / pace, "ms_per_step": 1000 * pace}
+        row |= {"mfu": self.flops / pace / self.peak} if self.peak else {}
+        row |= {"minutes_left": pace * (self.last_step - self.step) / 60}
+        if self.device.type == "cuda":
+            row["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        else:  # bytes on macOS, KiB elsewhere
+            unit = 1e9 if sys.platform == "darwin" else 1e6
+            row["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        self.write(row | {"skipped": self.skipped.item()}, show=self.bar.disable)
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f}")
+        self.sums, self.since, self.began = {}, self.step, time.perf_counter()
+        if bad >= 10:
+            self.save()
+            keys = self.sampler.batch(self.step * self.args.grad_accum - 1)
+            names = sorted({str(self.dataset.info(key)["path"]) for key in keys})
+            raise InputError(
+                f"step {self.step}: ten losses in a row were not finite; the last clips were of "
+                f"{', '.join(names)}; look at them, or lower --lr and --resume {self.folder}"
+            )
+
+    def draw(self) -> None:
+        """Draw the loss over the steps, on a logarithmic axis, as loss.png."""
+        rows = [line.split(",")[:2] for line in self.log.read_text().splitlines()[1:]]
+        points = [(int(s), math.log10(float(v))) for s, v in rows if v and 0 < float(v) < math.inf]
+        if len(points) < 2:
+            return
+        (*_, (end, final)), logs = points, [log for _, log in points]
+        low, high = min(logs), max(*logs, min(logs) + 0.01)
+        image = Image.new("RGB", (800, 480), "white")
+        pen = ImageDraw.Draw(image)
+
+        def place(step: float, log: float) -> tuple[float, float]:
+            return 70 + 700 * step / end, 440 - 400 * (log - low) / (high - low)
+
+        for i in range(5):
+            step, log = end * i / 4, low + (high - low) * i / 4
+            pen.line((place(0, log), place(end, log)), fill="#dddddd")
+            pen.text((10, place(0, log)[1] - 6), f"{10**log:.4g}", fill="black")
+            pen.text((place(step, low)[0] - 12, 450), f"{step:.0f}", fill="black")
+        pen.line([place(*point) for point in points], fill="#1f5fbf", width=2)
+        pen.text((70, 12), f"loss, {10**final:.4g} at step {end}", fill="black")
+        write_atomic(self.folder / "loss.png", lambda path: image.save(path, "PNG"))
+
+    def end(self) -> None:
+        """Say how to go on with a run that was stopped; leave signals and other processes alone."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.step < self.last_step:
+            command = f"python {Path(sys.argv[0]).name} --resume {self.folder}"
+            self.say(f"stopped at step {self.step}; go on with: {command}")
+        if self.proc.world > 1:
+            torch.distributed.destroy_process_group()
+
+
+# -------------------------------------------------------------------------------------------------
 
 
 def spread_clips(dataset: EpisodeDataset, count: int) -> Clip:
@@ -212,12 +484,8 @@ def dream(dit, objective, space, frames, actions, args, seeds) -> tuple[Tensor, 
     """
     z = space.encode(frames)
     n = args.num_history // space.temporal_stride
-    noise = torch.stack(
-        [
-            torch.randn(z[0, n:].shape, generator=torch.Generator().manual_seed(int(seed)))
-            for seed in seeds
-        ]
-    )
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    noise = torch.stack([torch.randn(z[0, n:].shape, generator=g) for g in generators])
     actions = space.group_actions(actions)
     return z, objective.rollout(dit, z[:, :n], actions, z.shape[1] - n, noise=noise.to(z.device))
 
@@ -232,32 +500,29 @@ def validate(dit, objective, space, clips, args, proc) -> dict[str, float]:
     ->        means over clips and future frames: PSNR in dB; without a decoder, squared errors of
               latents, named so. Every process measures its share; all get the same averages.
     """
-    frames, actions = clips
     n, now = args.num_history, args.num_history // space.temporal_stride
-    swapped = actions.roll(-1, 0) if len(actions) > 1 else actions.flip(1)
-    names = ["model", "shuffled", "copy", *(["ceiling"] if space.has_decoder else [])]
-    sums = torch.zeros(len(names) + 1, dtype=torch.float64)
-    for i in torch.arange(proc.rank, len(frames), proc.world).split(8):
-        real, beside = frames[i].to(proc.device), actions[i].to(proc.device)
-        other = swapped[i].to(proc.device)
-        z, model = dream(dit, objective, space, real, beside, args, args.seed + i)
-        _, shuffled = dream(dit, objective, space, real, other, args, args.seed + i)
-        copied = z[:, now - 1 : now].expand_as(z[:, now:])
+    swapped = clips.actions.roll(-1, 0) if len(clips.actions) > 1 else clips.actions.flip(1)
+    names = ["model", "shuffled", "copy"] + ["ceiling"] * space.has_decoder
+    sums = torch.zeros(1 + len(names), dtype=torch.float64)
+    for i in torch.arange(proc.rank, len(swapped), proc.world).split(8):
+        real, *acts = (x[i].to(proc.device) for x in (clips.frames, clips.actions, swapped))
+        (z, model), (_, other) = (
+            dream(dit, objective, space, real, a, args, args.seed + i) for a in acts
+        )
+        shown = [x[:, now:] for x in (model, other, z[:, now - 1 : now].expand_as(z), z)]
         if space.has_decoder:
-            shown = [space.decode(x) for x in (model[:, now:], shuffled[:, now:], z[:, now:])]
-            shown.insert(2, real[..., n - 1 : n, :, :, :])
+            shown = [space.decode(x) for x in shown]
+            shown[2] = real[..., n - 1 : n, :, :, :]
             values = [psnr(x, real[..., n:, :, :, :]) for x in shown]
         else:
-            dreams = (model[:, now:], shuffled[:, now:], copied)
-            values = [(x - z[:, now:]).square().mean((-3, -2, -1)) for x in dreams]
-        sums[:-1] += torch.stack([v.flatten(1).mean(1).double().sum().cpu() for v in values])
-        sums[-1] += len(i)
+            values = [(x - shown[3]).square() for x in shown[:3]]
+        sums += torch.tensor([len(i), *(v.flatten(1).mean(1).sum().item() for v in values)])
     if proc.world > 1:
         sums = sums.to(proc.device)
         torch.distributed.all_reduce(sums)
     kind = "psnr" if space.has_decoder else "latent_mse"
-    means = (sums[:-1] / sums[-1]).tolist()
-    return {f"{kind}_{name}": value for name, value in zip(names, means, strict=True)}
+    means = (sums[1:] / sums[0]).tolist()
+    return {f"{kind}_{name}": mean for name, mean in zip(names, means, strict=True)}
 
 
 @torch.no_grad()
@@ -270,7 +535,7 @@ def write_sample(path: Path, dit, objective, space, clips, args, device) -> None
         pair = torch.cat(pair.unbind(1), -2)  # each view beside the next
     zoom = max(1, 128 // args.image_size)
     video = torch.cat(pair.unbind(0), -3).repeat_interleave(zoom, -2).repeat_interleave(zoom, -3)
-    write_gif(path, video, fps=5)
+    data.write_gif(path, video, fps=5)
 
 
 def freeze(dit: DiT, prefixes: str) -> list[str]:
@@ -283,104 +548,23 @@ def freeze(dit: DiT, prefixes: str) -> list[str]:
             f"--freeze {prefixes}: {idle or 'nothing'} names no parameters, or none is left to "
             "train; names begin like x_proj, blocks.0.s_block, blocks.0.t_block.attn"
         )
-    for name, parameter in dit.named_parameters():
-        parameter.requires_grad_(name not in frozen)
+    for name in frozen:
+        dit.get_parameter(name).requires_grad_(False)
     return frozen
 
 
-def stored_args(words: list[str]) -> Args | None:
-    """Read the config of the run that `--resume` names; None for a new run."""
-    if "--resume" not in words[:-1]:
-        return None
-    path = Path(words[words.index("--resume") + 1]) / "config.json"
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such file; --resume takes the folder of a run")
-    return config_from(Args, json.loads(path.read_text()), str(path))
-
-
-def check_resumable(old: Args, new: Args, say) -> None:
-    """List the flags that differ from the stored run; refuse those that change what is trained."""
-    for name in (field.name for field in dataclasses.fields(Args)):
-        before, now = getattr(old, name), getattr(new, name)
-        if before == now or name in ("resume", "output_dir"):
-            continue
-        if name in FIXED:
-            raise InputError(
-                f"--{name} {now}: the run was started with {before}, which resuming cannot "
-                "change; leave the flag out or start a new run"
-            )
-        say(f"changed since the run was started: {name} {before} -> {now}")
-
-
-def save_run(folder: Path, state: dict) -> None:
-    """Write last.pt and keep the one before as previous.pt; a kill leaves at least one of them."""
-    last = folder / "last.pt"
-    if last.exists():
-        os.replace(last, folder / "previous.pt")
-    write_atomic(last, lambda path: torch.save(state, path))
-
-
-def load_run(folder: Path, say) -> dict:
-    """Read the newest checkpoint of a run that is whole."""
-    for name in ("last.pt", "previous.pt"):
-        try:
-            return load_torch(folder / name)
-        except InputError as error:
-            say(f"warning: {error}")
-    raise MissingFileError(f"{folder}: no whole last.pt or previous.pt; nothing to resume from")
-
-
-class Log:
-    """Append rows to log.csv; on resuming, rows after the checkpoint's step are dropped."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        rows = list(csv.DictReader(path.open())) if path.exists() else []
-        lines = [self.line(COLUMNS)]
-        lines += [self.line(row.values()) for row in rows if int(row["step"]) <= step]
-        write_atomic(path, "".join(lines).encode())
-
-    @staticmethod
-    def line(values) -> str:
-        return ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values) + "\n"
-
-    def write(self, **row: float) -> None:
-        with self.path.open("a") as file:
-            file.write(self.line(row.get(name, "") for name in COLUMNS))
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory of the device, or of this process on a CPU, in GB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, KiB here
-
-
 def main() -> None:
-    # 1. Configuration, processes, seed.
-    old = stored_args(sys.argv)
-    args = parse_args(Args, toy=TOY, default=old)
-    proc = init_processes(args.device)
-    say = print if proc.rank == 0 else lambda *_: None
-    if old is not None:
-        check_resumable(old, args, say)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    # 1. Flags, processes, seed.
+    args, proc = begin()
     on_cuda = proc.device.type == "cuda"
     if (use_bf16 := args.bf16) is None:  # where the processor multiplies it faster than float32
         use_bf16 = on_cuda or torch.cpu._is_avx512_bf16_supported()
     if (use_compile := args.compile) is None:
         use_compile = on_cuda or shutil.which("g++") is not None
-    parallel = torch.distributed if proc.world > 1 else None
 
     # 2. Frozen models.
     encoder = EncoderConfig(
-        args.encoder_type,
-        weights=args.encoder_weights,
-        decoder_weights=args.decoder_weights,
-        patch_size=args.pixel_patch,
+        args.encoder_type, args.encoder_weights, args.decoder_weights, patch_size=args.pixel_patch
     )
     space = build_latent_space(encoder, args.adapter_checkpoint_path, args.num_views)
     space.to(proc.device)
@@ -391,75 +575,47 @@ def main() -> None:
         )
 
     # 3. Data: latents from the cache, or frames that the loop encodes.
-    data = DataConfig(
-        dataset_dir=args.dataset_dir,
-        subset_names=args.subset_names,
-        image_size=args.image_size,
-        num_frames=args.num_frames,
-        num_history=args.num_history,
-        stride=args.stride,
-        variable_history=args.variable_history,
-        action_merge=args.action_merge,
-        views=args.num_views,
-        seed=args.seed,
-    )
-    if "toy" in args.subset_names.split(",") and proc.rank == 0:
-        if not (Path(args.dataset_dir) / "toy").exists():
-            generate_toy(args.dataset_dir)
-    if parallel:
-        parallel.barrier()
+    config = choose_clips(args, proc)
     latents = space.fingerprint if args.cache_latents or args.cache_only else None
     if latents:
-        write_latent_cache(data, "train", latents, space.features, (proc.rank, proc.world))
-        if parallel:
-            parallel.barrier()
+        data.write_latent_cache(config, "train", latents, space.features, (proc.rank, proc.world))
+        if proc.world > 1:
+            torch.distributed.barrier()
         if args.cache_only:
             return
-    train_set = EpisodeDataset(data, "train", latents)
-    shown = dataclasses.replace(data, variable_history=False)
+    train_set = EpisodeDataset(config, "train", latents)
+    shown = dataclasses.replace(config, variable_history=False)
     clips = spread_clips(EpisodeDataset(shown, "test"), args.val_clips)
     train_clips = spread_clips(EpisodeDataset(shown, "train"), 4)
     if args.standardize:
         space.mean, space.std = latent_statistics(space, train_set, latents is not None)
-    global_batch = args.batch_size * args.grad_accum * proc.world
-    epoch_steps = max(1, len(train_set) // global_batch)
 
     # 4. The trained model.
     z = space.encode(clips.frames[:1].to(proc.device))
+    beside = space.group_actions(clips.actions[:1].to(proc.device))
     patch = args.dit_patch or (2 if args.encoder_type == "vae" else 1)
     native = args.encoder_type in NATIVE_SEMANTIC and space.adapter is None
-    dit = DiT(
-        DiTConfig(
-            in_channels=space.latent_dim,
-            patch_size=patch,
-            **DIT_SIZES[args.dit_size],
-            action_dim=clips.actions.shape[-1] * space.temporal_stride,
-            max_frames=z.shape[1],
-            wide_head=native if args.wide_head is None else args.wide_head,
-            temporal_mode=args.temporal_mode,
-            num_views=args.num_views,
-            view_rope=args.view_rope,
-            action_dropout=args.action_dropout,
-        )
+    names = ("temporal_mode", "num_views", "view_rope", "action_dropout")
+    shape = DiTConfig(
+        in_channels=space.latent_dim,
+        patch_size=patch,
+        **DIT_SIZES[args.dit_size],
+        action_dim=beside.shape[-1],
+        max_frames=z.shape[1],
+        wide_head=native if args.wide_head is None else args.wide_head,
+        **{name: getattr(args, name) for name in names},
     )
-    if dit.config.dim < (wide := space.latent_dim * patch**2) and not dit.config.wide_head:
-        say(
-            f"warning: width {dit.config.dim} is below the {wide} numbers of a token: noise cannot "
-            "pass through it; take a larger --dit_size or an adapter"
-        )
+    dit = DiT(shape).to(proc.device)
+    if args.pretrained_checkpoint and not args.resume:
+        weights = load_dit(args.pretrained_checkpoint).state_dict()
+        data.load_strictly(dit, weights, args.pretrained_checkpoint)
+    freeze(dit, args.freeze)
     tokens = z.shape[2] * z.shape[3] // args.num_views // patch**2
     if (shift := args.shift) is None:
         shift = 1.0 if args.encoder_type == "vae" else time_shift(tokens, space.latent_dim)
-    kind = OBJECTIVES[args.objective]
     options = {"time_dist": args.time_dist} if args.objective == "flow_matching" else {}
-    objective = kind(shift=shift, **options)
-    if args.pretrained_checkpoint and old is None:
-        weights = load_dit(args.pretrained_checkpoint).state_dict()
-        load_strictly(dit, weights, args.pretrained_checkpoint)
-        say(f"copied {len(weights)} tensors from {args.pretrained_checkpoint}, none is new")
-    if frozen := freeze(dit, args.freeze):
-        say(f"frozen: {', '.join(frozen)}")
-    dit.to(proc.device)
+    objective = OBJECTIVES[args.objective](shift=shift, **options)
+    history = args.num_history // space.temporal_stride
 
     # 5. Average, optimiser, compile, DDP. `dit` is the raw module, `net` the one that is called.
     ema = copy.deepcopy(dit).eval().requires_grad_(False)
@@ -468,158 +624,74 @@ def main() -> None:
         trained, lr=args.lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=args.weight_decay, fused=True
     )
     net = torch.compile(dit) if use_compile else dit
-    if parallel:
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    if proc.world > 1:
+        mesh = init_device_mesh(proc.device.type, (proc.world,))
+        net = DistributedDataParallel(net, device_mesh=mesh, gradient_as_bucket_view=True)
     autocast = torch.autocast(proc.device.type, torch.bfloat16, enabled=use_bf16)
     generator = torch.Generator(proc.device)
 
+    def flops() -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            ema(z, torch.ones(z.shape[:2], device=proc.device), beside)
+        return counter.get_total_flops() * args.batch_size * args.grad_accum
+
     # 6. The run folder: a new one, or one to go on with.
     folder = Path(args.resume or args.output_dir or time.strftime("outputs/%Y%m%d-%H%M%S"))
-    step, skipped, in_a_row = 0, *torch.zeros(2, device=proc.device)
-    history = args.num_history // space.temporal_stride
-    if args.resume:
-        state = load_run(folder, say)
-        if state["global_batch"] != global_batch:
-            raise InputError(
-                f"{folder}: was trained with {state['global_batch']} clips a step, now "
-                f"{global_batch} (batch_size x grad_accum x processes); make them equal"
-            )
-        dit.load_state_dict(state["dit"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-        say(f"resumed {folder} at step {step}")
-    elif proc.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(
-            folder / "config.json", json.dumps(dataclasses.asdict(args), indent=1).encode()
+    parts = {"dit": dit, "ema": ema, "optimizer": optimizer}
+    run = Run(folder, args, proc, parts, train_set, flops)
+    run.say(f"{sum(p.numel() for p in trained) / 1e6:.2f} M parameters, {tokens} tokens a frame")
+    if shape.dim < (wide := space.latent_dim * patch**2) and not shape.wide_head:
+        run.say(
+            f"warning: width {shape.dim} is below the {wide} numbers of a token: noise cannot "
+            "pass through it; take a larger --dit_size or an adapter"
         )
-    about = {
-        "image_size": args.image_size,
-        "stride": args.stride,
-        "num_history": args.num_history,
-        "action_merge": args.action_merge,
-        "action_mapping": train_set.action_mapping,
-        "fps": train_set.fps,
-    }
-
-    def save() -> None:
-        """Write the checkpoint and the world model; a full disk leaves the old ones and a warning."""
-        if proc.rank == 0:
-            state = {"step": step, "global_batch": global_batch, "dit": dit.state_dict()}
-            state |= {"ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            try:
-                save_run(folder, state)
-                save_world_model(folder / "world_model.safetensors", ema, objective, space, about)
-            except OSError as error:
-                say(f"warning: step {step} could not be saved ({error}); the run goes on")
+    names = ("image_size", "stride", "num_history", "action_merge")
+    about = {name: getattr(args, name) for name in names}
+    about |= {"action_mapping": train_set.action_mapping, "fps": train_set.fps}
 
     # 7. The loop, with one extra turn for the last validation and save.
-    last_step = args.num_epochs * epoch_steps if args.max_steps is None else args.max_steps
-    sampler = ClipSampler(
-        train_set, args.batch_size, proc.rank, proc.world, start=step * args.grad_accum
-    )
-    loader = DataLoader(
-        train_set, batch_sampler=sampler, num_workers=args.num_workers, pin_memory=on_cuda
-    )
-    batches = iter(loader)
-    signals: list[int] = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, _: signals.append(number))
-    log = Log(folder / "log.csv", step) if proc.rank == 0 else None
-    say(
-        f"{sum(p.numel() for p in trained) / 1e6:.2f} M parameters, {tokens} tokens a frame, "
-        f"{len(train_set)} episodes, {epoch_steps} steps an epoch, steps {step} to {last_step}, "
-        f"{folder}"
-    )
-    bar = tqdm(total=last_step, initial=step, disable=proc.rank > 0 or not sys.stderr.isatty())
-    loss_sum, since, began = torch.zeros((), device=proc.device), step, time.perf_counter()
+    batches = run.batches(train_set)
     while True:
-        stopped = bool(signals)
-        if parallel and (stopped := step % args.log_every == 0):  # all processes must agree
-            votes = torch.tensor(float(bool(signals)), device=proc.device)
-            parallel.all_reduce(votes)
-            stopped = votes.item() > 0
-        last = step >= last_step
-        if not stopped and (last or (step and step % args.val_every == 0)):
+        last, stopped = run.step >= run.last_step, run.stopped()
+        if not stopped and (last or (run.step and run.step % args.val_every == 0)):
             scores = validate(ema, objective, space, clips, args, proc)
-            if proc.rank == 0:
-                log.write(step=step, **scores)
-                say(f"step {step}: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
-                for name, some in (("sample", clips), ("train_sample", train_clips)):
-                    if space.has_decoder:
-                        path = folder / f"{name}_{step:07d}.gif"
+            run.write({"step": run.step, **scores})
+            for name, some in (("sample", clips), ("train_sample", train_clips)):
+                if proc.rank == 0 and space.has_decoder:
+                    path = folder / f"{name}_{run.step:07d}.gif"
+                    with run.writing():
                         write_sample(path, ema, objective, space, some, args, proc.device)
-        if last or stopped or (step and step % args.save_every == 0):
-            save()
+        if last or stopped or (run.step and run.step % args.save_every == 0):
+            run.save()
+            if proc.rank == 0:
+                with run.writing():
+                    path = folder / "world_model.safetensors"
+                    save_world_model(path, ema, objective, space, about)
         if last or stopped:
             break
 
-        lr = lr_at(step, args, epoch_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr = lr_at(run.step, args, run.epoch_steps)
         for micro in range(args.grad_accum):
-            batch = next(batches)
-            x, actions = (x.to(proc.device, non_blocking=True) for x in batch)
+            x, actions = (x.to(proc.device, non_blocking=True) for x in next(batches))
             z = space.finish(x) if latents else space.encode(x)
             actions = space.group_actions(actions)
             shard = (micro * proc.world + proc.rank, args.grad_accum * proc.world)
-            generator.manual_seed(args.seed + 1_000_003 * step)
+            generator.manual_seed(args.seed + 1_000_003 * run.step)
             drop = draw(torch.rand, (len(z),), z, generator, shard) < args.action_dropout
-
-            def predict(z_tau, tau, beside, drop=drop):
-                return net(z_tau, tau, beside, drop)
-
-            wait = parallel and micro + 1 < args.grad_accum
+            model = functools.partial(net, drop=drop)
+            wait = proc.world > 1 and micro + 1 < args.grad_accum
             with autocast, net.no_sync() if wait else contextlib.nullcontext():
-                loss, _ = objective.loss(predict, z, actions, history, generator, shard)
+                loss, logs = objective.loss(model, z, actions, history, generator, shard)
                 (loss / args.grad_accum).backward()
-            loss_sum += loss.detach() / args.grad_accum
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_grad, foreach=True)
-        optimizer.found_inf = (~grad_norm.isfinite()).float()  # fused AdamW then skips the step
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = min(args.ema, (1 + step) / (10 + step))
+            run.add(**logs)
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_grad, foreach=True)
+        decay = min(args.ema, (1 + run.step) / (10 + run.step))
+        run.update(optimizer, [norm])
         torch._foreach_lerp_(list(ema.parameters()), list(dit.parameters()), 1 - decay)
-        skipped += optimizer.found_inf
-        in_a_row = (in_a_row + 1) * optimizer.found_inf
-        step += 1
-        bar.update()
-        if step % args.log_every == 0:
-            mean = torch.stack((loss_sum / (step - since), grad_norm))
-            if parallel:
-                parallel.all_reduce(mean)
-            loss_mean, norm = (mean / proc.world).tolist()  # the only host sync
-            pace = (time.perf_counter() - began) / (step - since)
-            row = {"step": step, "loss": loss_mean, "grad_norm": norm, "lr": lr}
-            row |= {"clips_per_s": global_batch / pace, "ms_per_step": 1000 * pace}
-            row |= {"skipped": skipped.item(), "memory_gb": memory_gb(proc.device)}
-            if in_a_row.item() >= 10:
-                save()
-                names = sorted(
-                    {str(train_set.info(key)["path"]) for key in sampler.batch(step - 1)}
-                )
-                raise InputError(
-                    f"step {step}: ten losses in a row were not finite; the last clips were of "
-                    f"{', '.join(names)}; look at them, or lower --lr and --resume {folder}"
-                )
-            if proc.rank == 0:
-                log.write(**row)
-                left = pace * (last_step - step)
-                bar.set_postfix_str(f"loss {loss_mean:.4f}, {1000 * pace:.0f} ms a step")
-                if bar.disable:
-                    say(
-                        ", ".join(f"{k} {v:.4g}" for k, v in row.items())
-                        + f", {left / 60:.0f} min left"
-                    )
-            loss_sum.zero_()
-            since, began = step, time.perf_counter()
-
-    if stopped:
-        say(f"stopped at step {step}; go on with: python train_dit.py --resume {folder}")
-    if parallel:
-        parallel.destroy_process_group()
+        if run.step % args.log_every == 0:
+            run.report(lr, grad_norm=norm)
+    run.end()
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    data.run_cli(main)

@@ -265,6 +265,30 @@ def test_mid_width_is_the_geometric_mean_in_whole_heads():
         assert int(math.sqrt(D * C)) - expected[0] < 16 or mid
 
 
+def test_an_adapter_that_begins_as_pca_projects_on_the_first_axes():
+    """Features whose plain LayerNorm would lose most: all channels alike, of many lengths."""
+    axes, _ = torch.linalg.qr(torch.cat((torch.ones(32, 1), torch.randn(32, 31)), 1))
+    variances = 4.0 ** -torch.arange(32.0)
+    z = 3 + (torch.randn(4, 1, 8, 8, 32) * variances.sqrt()) @ axes.T
+    adapter = create_adapter(AdapterConfig(**FLAT, adapter_pca=True), 32)
+    adapter.begin_as_pca(torch.full((32,), 3.0), axes, variances)
+    y = (z - 3) @ axes[:, :8]
+    u, rebuilt = adapter.encode(z), adapter.decode(adapter.encode(z))
+    # the norms bend long features by a few percent
+    torch.testing.assert_close(u * variances[:8] ** 0.25, y, atol=0.25, rtol=0.1)
+    assert (rebuilt - (3 + y @ axes[:, :8].T)).norm() < 0.1 * (z - 3).norm()
+    assert adapter.posterior(z)[1].exp().sqrt().mean().item() == pytest.approx(math.exp(-2))
+
+
+def test_groups_of_two_channels_lose_brightness_and_groups_of_four_keep_it():
+    """Two numbers of mean 0 and variance 1 are +1 and -1, whatever they were."""
+    grey = torch.randn(2, 16, 2).sort(descending=True)[0].flatten(1)[..., None, None]
+    for groups, kept in ((16, False), (8, True)):
+        paint = PixelDecoder(PixelDecoderConfig(**PAINT | {"norm_groups": groups}))
+        dark, bright = paint.norm_out(grey.expand(2, 32, 4, 4))
+        assert torch.allclose(dark, bright, atol=0.1) != kept
+
+
 def test_pixel_decoder_attends_at_the_named_resolution_only():
     for attn, levels in (((16,), {0}), ((32,), {1}), ((16, 32), {0, 1}), ((), set())):
         paint = PixelDecoder(PixelDecoderConfig(**PAINT, attn_resolutions=attn))
@@ -311,7 +335,10 @@ def test_heads_change_the_result():
 # Files
 
 
-@pytest.mark.parametrize("values", [FLAT, PROGRESSIVE, REFINED, MLP, {"adapter_type": "identity"}])
+@pytest.mark.parametrize(
+    "values",
+    [FLAT, FLAT | {"adapter_pca": True}, PROGRESSIVE, REFINED, MLP, {"adapter_type": "identity"}],
+)
 @pytest.mark.parametrize("with_paint", [False, True])
 def test_saved_adapter_comes_back_bit_for_bit(tmp_path, values, with_paint):
     adapter = make(values)
@@ -356,6 +383,8 @@ def test_adapter_of_another_encoder_is_refused_by_name(tmp_path):
         (AdapterConfig, {"adapter_mid_dim": 1.5}, "adapter_mid_dim"),
         (PixelDecoderConfig, {"base_channels": 48}, "base_channels"),
         (PixelDecoderConfig, {"attn_heads": 3}, "attn_heads"),
+        (PixelDecoderConfig, {"norm_groups": 48}, "norm_groups"),
+        (AdapterConfig, {"adapter_pca": True, "adapter_progressive": True}, "adapter_pca"),
         (PixelDecoderConfig, {"attn_resolutions": (8,)}, "attn_resolutions"),
         (PixelDecoderConfig, {"channel_multipliers": ()}, "channel_multipliers"),
         (PixelDecoderConfig, {"channel_multipliers": (1, 0)}, "channel_multipliers"),

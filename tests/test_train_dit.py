@@ -2,35 +2,54 @@
 
 import csv
 import json
+import math
 import os
+import random
+import resource
+import shutil
 import signal
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import finish, start
+from test_data import mutations
 
 import train_dit
 from data import (
     DataConfig,
     EpisodeDataset,
+    InputError,
     ToyConfig,
     generate_toy,
     load_tensors,
     load_torch,
     run_cli,
 )
-from diffusion import draw
+from diffusion import FlowMatching, draw
+from dit import load_dit
 from world_model import WorldModel
 
-ROOT = Path(__file__).parents[1]
 SMALL = (
     "--subset_names mini --image_size 32 --num_frames 5 --batch_size 4 --val_clips 4 --log_every 1 "
     "--action_dropout 0.5 --seed 3 --bf16 False --compile False"
 ).split()
+
+
+def small(module) -> None:
+    module.DIT_SIZES["T"] = {"dim": 48, "depth": 2, "heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +70,10 @@ def train(episodes: Path, folder: Path, *words) -> Path:
 def run(*words) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_dit.py", *map(str, words)])
+        patch.setitem(train_dit.DIT_SIZES, "T", None)  # put back afterwards
+        small(train_dit)
+        torch.set_num_threads(1)
         train_dit.main()
-
-
-def launch(processes: int, *words) -> subprocess.CompletedProcess:
-    """Run train_dit.py in processes of its own, as torchrun does."""
-    python = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*python, f"--nproc_per_node={processes}", "train_dit.py", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
 
 
 def losses(folder: Path) -> list[float]:
@@ -93,14 +105,36 @@ def test_a_run_leaves_all_its_files(straight):
     assert json.loads((straight / "config.json").read_text())["max_steps"] == 6
 
 
+def rows(folder: Path) -> list[dict]:
+    return list(csv.DictReader((folder / "log.csv").open()))
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two runs ended with the same weights, average and optimiser, bit for bit."""
+    states = [load_torch(folder / "last.pt") for folder in (one, other)]
+    assert states[0].keys() == states[1].keys() and states[0]["step"] == states[1]["step"]
+    flat = [
+        {**s["dit"], **{f"ema.{n}": t for n, t in s["ema"].items()}}
+        | {f"{i}.{n}": t for i, m in s["optimizer"]["state"].items() for n, t in m.items()}
+        for s in states
+    ]
+    return all(torch.equal(tensor, flat[1][name]) for name, tensor in flat[0].items())
+
+
 def test_resumed_equals_uninterrupted_bit_for_bit(episodes, straight, tmp_path, capsys):
     folder = train(episodes, tmp_path / "run", "--max_steps", 3)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)  # another process would start like this
     run("--resume", folder, "--max_steps", 6)
     assert "max_steps 3 -> 6" in capsys.readouterr().out
     assert losses(folder) == losses(straight)
+    assert same(folder, straight)
     once, twice = (load_tensors(f / "world_model.safetensors")[0] for f in (straight, folder))
     assert once.keys() == twice.keys()
     assert all(torch.equal(once[name], twice[name]) for name in once)
+    a, b = (load_torch(f / "last.pt") for f in (straight, folder))
+    assert {"epoch", "position", "config", "skipped"} <= a.keys()
+    assert a["random"][0][:2] == b["random"][0][:2]  # Python and NumPy
+    assert torch.equal(a["random"][0][2], b["random"][0][2])
 
 
 def test_a_corrupt_checkpoint_falls_back_to_the_one_before(episodes, tmp_path, capsys):
@@ -108,40 +142,290 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(episodes, tmp_path, c
     last = folder / "last.pt"
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
     run("--resume", folder, "--max_steps", 4)
-    assert "warning" in (out := capsys.readouterr().out) and "at step 2" in out
+    out = capsys.readouterr().out
+    assert f"warning: {last}" in out and f"resumed {folder} at step 2" in out
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1  # inside a tensor: the file still opens
+    last.write_bytes(content)
+    run("--resume", folder, "--max_steps", 4)
+    out = capsys.readouterr().out
+    assert f"warning: {last}" in out and f"resumed {folder} at step 2" in out
+    for path in (last, folder / "previous.pt"):
+        path.write_bytes(b"PK")
+    with pytest.raises(InputError, match="no whole last.pt or previous.pt"):
+        run("--resume", folder)
+
+
+def test_resuming_lists_changed_flags_and_refuses_what_must_not_change(
+    episodes, straight, tmp_path, capsys
+):
+    folder = shutil.copytree(straight, tmp_path / "run")
+    run("--resume", folder, "--lr", "1e-5", "--log_every", 2)
+    out = capsys.readouterr().out
+    assert "lr 0.003 -> 1e-05" in out and "log_every 1 -> 2" in out and "seed" not in out
+    for flags, match in (
+        (("--seed", 4), "--seed 4: the run was started with 3"),
+        (("--objective", "ddpm"), "--objective ddpm: the run was started with flow_matching"),
+        (("--batch_size", 2), "4 clips a step, now 2"),
+    ):
+        with pytest.raises(InputError, match=match):
+            run("--resume", folder, *flags)
+    capsys.readouterr()
+    run(f"--resume={folder}")
+    assert "lr" not in capsys.readouterr().out.partition("resumed")[0]  # 1e-5 is remembered
+
+
+def interrupt(module, number=signal.SIGINT, step=3):
+    """Send this process a signal in a step, as Ctrl-C or a scheduler does."""
+    draws = []
+
+    def watched(*args, **kwargs):
+        draws.append(1)
+        if len(draws) == step:
+            os.kill(os.getpid(), number)
+        return draw(*args, **kwargs)
+
+    module.draw = watched
+
+
+def interrupt_one(module):
+    small(module)
+    if os.environ["RANK"] == "1":
+        interrupt(module, signal.SIGTERM)
 
 
 def test_a_signal_saves_and_names_the_command_to_go_on(episodes, tmp_path, monkeypatch, capsys):
-    draws = []
-
-    def interrupt(*args, **kwargs):  # as Ctrl-C does, in the third step
-        draws.append(1)
-        if len(draws) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return draw(*args, **kwargs)
-
-    monkeypatch.setattr(train_dit, "draw", interrupt)
+    monkeypatch.setattr(train_dit, "draw", draw)
+    interrupt(train_dit)
     folder = train(episodes, tmp_path / "run", "--max_steps", 50)
     out = capsys.readouterr().out
     assert f"stopped at step 3; go on with: python train_dit.py --resume {folder}" in out
     assert load_torch(folder / "last.pt")["step"] == 3
-    assert (folder / "world_model.safetensors").is_file()
+    assert (folder / "world_model.safetensors").is_file() and (folder / "loss.png").is_file()
+
+
+def words(episodes: Path, folder: Path, *others) -> list:
+    return ["toy", *SMALL, "--dataset_dir", episodes, "--output_dir", folder, *others]
+
+
+def test_a_signal_to_one_of_two_processes_saves_and_resumes_bit_for_bit(episodes, tmp_path):
+    """Variable history, action dropout, accumulation and loader processes included."""
+    flags = "--batch_size 1 --grad_accum 2 --num_workers 1 --variable_history True".split()
+    flags += "--num_frames 4 --num_history 2 --max_steps 6 --cache_latents False".split()
+    folder, straight, log = tmp_path / "run", tmp_path / "straight", tmp_path / "log"
+    first = start("train_dit", words(episodes, folder, *flags), log, 2, interrupt_one)
+    other = start("train_dit", words(episodes, straight, *flags), tmp_path / "other", 2, small)
+    assert "go on with" in finish(first, log)
+    step = load_torch(folder / "last.pt")["step"]
+    assert 1 <= step <= 3 and len(load_torch(folder / "last.pt")["random"]) == 2
+    finish(start("train_dit", ["--resume", folder], log, 2, small), log)
+    finish(other, tmp_path / "other")
+    assert losses(folder) == losses(straight) and same(folder, straight)
+
+
+def test_kill_9_at_ten_random_moments_loses_nothing(episodes, tmp_path):
+    folder, straight, log = tmp_path / "run", tmp_path / "straight", tmp_path / "log"
+    flags = "--max_steps 40 --save_every 2 --val_every 1000 --val_clips 1".split()
+    other = start("train_dit", words(episodes, straight, *flags), tmp_path / "other", 1, small)
+    rng, steps = random.Random(0), []
+    for _ in range(10):
+        begun = (folder / "last.pt").exists() or (folder / "previous.pt").exists()
+        command = ["--resume", folder] if begun else words(episodes, folder, *flags)
+        (process,) = start("train_dit", command, log, 1, small)
+        seen, until = len(rows(folder)) if begun else 0, time.monotonic() + 30
+        wanted = seen + rng.randrange(4)  # sometimes before the first step, never after the last
+        while time.monotonic() < until and process.is_alive():
+            if (folder / "log.csv").exists() and len(rows(folder)) >= wanted:
+                break
+            time.sleep(0.005)
+        time.sleep(0.05 * rng.random())
+        process.kill()
+        process.join()
+        steps.append(len(rows(folder)) if (folder / "log.csv").exists() else 0)
+    assert 4 < steps[-1] < 40, steps
+    finish(start("train_dit", ["--resume", folder], log, 1, small), log)
+    finish(other, tmp_path / "other")
+    assert same(folder, straight) and losses(folder) == losses(straight)
+
+
+def capture(module):
+    """Have every process compare its weights with the others' when it ends."""
+    small(module)
+    made, build, leave = [], module.DiT, torch.distributed.destroy_process_group
+
+    def remember(config):
+        made.append(build(config))
+        return made[-1]
+
+    def compare():
+        mine = torch.cat([p.detach().flatten() for p in made[0].parameters()])
+        both = [torch.empty_like(mine) for _ in range(2)]
+        torch.distributed.all_gather(both, mine)
+        print("equal weights" if torch.equal(*both) else "different weights")
+        leave()
+
+    module.DiT, torch.distributed.destroy_process_group = remember, compare
 
 
 def test_two_processes_and_accumulation_equal_one_process(episodes, tmp_path):
-    one = losses(train(episodes, tmp_path / "one", "--max_steps", 20))
-    half = ("--batch_size", 2, "--max_steps", 20)
-    accumulated = losses(
-        train(episodes, tmp_path / "accum", *half, "--grad_accum", 2, "--max_steps", 8)
-    )
-    done = launch(
-        2, "toy", *SMALL, "--dataset_dir", episodes, "--output_dir", tmp_path / "two", *half
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    two = losses(tmp_path / "two")
+    logs = [tmp_path / name for name in ("one.txt", "accum.txt", "two.txt")]
+    half = "--batch_size 2 --max_steps 20 --val_every 7".split()
+    whole, accumulated = "--max_steps 20", "--batch_size 2 --max_steps 20 --grad_accum 2"
+    runs = [
+        start("train_dit", words(episodes, tmp_path / "one", *whole.split()), logs[0], 1, small),
+        start(
+            "train_dit",
+            words(episodes, tmp_path / "accum", *accumulated.split()),
+            logs[1],
+            1,
+            small,
+        ),
+        start("train_dit", words(episodes, tmp_path / "two", *half), logs[2], 2, capture),
+    ]
+    texts = [finish(*pair) for pair in zip(runs, logs, strict=True)]
+    assert texts[2].count("equal weights") == 2
+    one, accum, two = (losses(tmp_path / name) for name in ("one", "accum", "two"))
+    assert len(one) == len(accum) == len(two) == 20
     # float32 sums in another order
-    assert np.allclose(one[:8], accumulated, atol=1e-5, rtol=0)
+    assert np.allclose(one, accum, atol=1e-5, rtol=0), np.abs(np.subtract(one, accum)).max()
     assert np.allclose(one, two, atol=1e-5, rtol=0), np.abs(np.subtract(one, two)).max()
+    scores = [[float(r["psnr_model"]) for r in rows(tmp_path / n) if r["psnr_model"]] for n in
+              ("one", "two")]  # fmt: skip
+    assert scores[0][-1] == pytest.approx(scores[1][-1], abs=1e-2)
+
+
+def fail_on_rank_1(module):
+    def broken(*args, **kwargs):
+        raise RuntimeError("a bad shard")
+
+    small(module)
+    if os.environ["RANK"] == "1":
+        module.lr_at = broken
+
+
+def test_an_exception_of_one_process_ends_all_with_its_error_on_screen(episodes, tmp_path):
+    log, began = tmp_path / "log", time.monotonic()
+    flags = words(episodes, tmp_path / "run", "--max_steps", 1000)
+    processes = start("train_dit", flags, log, 2, fail_on_rank_1)
+    for process in processes:
+        process.join(timeout=60)
+    assert all(process.exitcode not in (0, None) for process in processes)
+    assert "RuntimeError: a bad shard" in log.read_text() and time.monotonic() - began < 60
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(
+    episodes, tmp_path, monkeypatch, capsys
+):
+    """Writing really fails: the largest size of a file is set below that of a checkpoint."""
+    save, limits = train_dit.Run.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    sizes = iter((limits[0], 100_000, 100_000, limits[0]))
+
+    def full(run):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (next(sizes), limits[1]))
+        try:
+            save(run)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            kept.append(load_torch(folder / "last.pt")["step"])
+
+    kept, folder = [], tmp_path / "run"
+    monkeypatch.setattr(train_dit.Run, "save", full)
+    train(episodes, folder, "--max_steps", 4, "--save_every", 1)
+    assert kept == [1, 1, 1, 4] and len(losses(folder)) == 4
+    assert capsys.readouterr().out.count("could not be saved") == 2
+    assert not list(folder.glob(".*.tmp"))
+
+
+def poison(monkeypatch, bad):
+    """Make the loss infinite in the steps that bad(step) names; steps are counted from 1."""
+    loss, calls = FlowMatching.loss, []
+
+    def poisoned(*args, **kwargs):
+        calls.append(1)
+        value, logs = loss(*args, **kwargs)
+        return value * (math.inf if bad(len(calls)) else 1.0), logs
+
+    monkeypatch.setattr(FlowMatching, "loss", poisoned)
+
+
+def test_losses_that_are_not_finite_are_skipped_and_counted(episodes, tmp_path, monkeypatch):
+    poison(monkeypatch, lambda step: step == 2)
+    folder = train(episodes, tmp_path / "run", "--max_steps", 4)
+    assert [row["skipped"] for row in rows(folder) if row["loss"]] == ["0", "1", "1", "1"]
+    state = load_torch(folder / "last.pt")
+    assert all(torch.isfinite(t).all() for part in ("dit", "ema") for t in state[part].values())
+    assert {s["step"].item() for s in state["optimizer"]["state"].values()} == {3.0}
+
+
+def test_ten_bad_losses_in_a_row_stop_the_run_with_names_and_a_checkpoint(
+    episodes, tmp_path, monkeypatch
+):
+    poison(monkeypatch, lambda step: step > 2)
+    with pytest.raises(InputError, match=r"step 12: ten losses .*00000000\d.safetensors.*--resume"):
+        train(episodes, tmp_path / "run", "--max_steps", 50)
+    assert load_torch(tmp_path / "run" / "last.pt")["step"] == 12
+
+
+def test_the_log_has_every_column_and_a_curve(episodes, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_dit, "PEAKS", {"": 1})  # any device: 1 TFLOP/s
+    folder = train(episodes, tmp_path / "run", "--max_steps", 3)
+    log = [row for row in rows(folder) if row["loss"]]
+    names = "loss grad_norm lr clips_per_s ms_per_step mfu minutes_left memory_gb".split()
+    for row in log:
+        assert all(float(row[name]) >= 0 for name in names)
+    clips = float(log[-1]["ms_per_step"]) * float(log[-1]["clips_per_s"]) / 1000
+    assert clips == pytest.approx(4, rel=1e-3) and float(log[-1]["minutes_left"]) == 0
+    assert 0 < float(log[-1]["mfu"]) < 1
+    with Image.open(folder / "loss.png") as picture:
+        blue = (np.asarray(picture) == (0x1F, 0x5F, 0xBF)).all(-1)
+        assert picture.size == (800, 480) and blue.any(0).sum() > 450  # a curve from step 1 to 3
+
+
+def test_a_bar_is_drawn_on_a_terminal_only(episodes, tmp_path, monkeypatch, capsys):
+    train(episodes, tmp_path / "file", "--max_steps", 1)
+    assert "1/1" not in (said := capsys.readouterr()).err and "loss" in said.out
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train(episodes, tmp_path / "screen", "--max_steps", 1)
+    assert "1/1" in (said := capsys.readouterr()).err and "grad_norm" not in said.out
+
+
+def watch_memory(module):
+    """Print the resident memory every hundred steps."""
+    small(module)
+    lr_at = module.lr_at
+
+    def watched(step, *args):
+        if step % 100 == 0:
+            print("resident", step, Path("/proc/self/statm").read_text().split()[1])
+        return lr_at(step, *args)
+
+    module.lr_at = watched
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_memory_does_not_grow(episodes, tmp_path):
+    """2,000 steps of the toy command, measured by hand, grow by less than 1 %."""
+    flags = "--max_steps 201 --batch_size 2 --num_frames 2 --val_every 1000 --log_every 10".split()
+    log = tmp_path / "log"
+    text = finish(
+        start("train_dit", words(episodes, tmp_path / "run", *flags), log, 1, watch_memory), log
+    )
+    pages = [int(line.split()[2]) for line in text.splitlines() if line.startswith("resident")]
+    assert len(pages) == 3 and pages[-1] < 1.05 * pages[1], pages
+
+
+@pytest.mark.parametrize("reader", [load_dit, WorldModel])
+def test_two_hundred_damaged_files_give_clean_errors(straight, tmp_path, reader):
+    content, refused = (straight / "world_model.safetensors").read_bytes(), 0
+    path = tmp_path / "damaged.safetensors"
+    for damaged in mutations(content, 1):
+        path.write_bytes(damaged)
+        try:
+            reader(path)
+        except InputError as error:
+            assert "damaged.safetensors" in str(error)
+            refused += 1
+    assert refused >= 40
 
 
 def test_the_world_model_file_repeats_the_training_time_sample(episodes, straight):
