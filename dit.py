@@ -7,8 +7,7 @@ DiT blocks (Peebles & Xie 2023), factored in space and time after arXiv 2605.063
     tau, actions ---------> adaLN-zero: shift, scale, gate for attention and MLP, per frame
 
 Spatial attention is full inside a frame, temporal attention causal per patch ("factored") or
-block-causal over all patches ("joint"). `ContextCache` keeps the temporal keys and values of the
-past: the denoising steps of a new frame need nothing else of it.
+block-causal over all patches ("joint"); `ContextCache` keeps the temporal keys and values.
 
 Shapes: B batch, V views, T frames, h w latent grid, C latent channels, N patches a frame, D width,
 H heads, E head dim, A action width. Tokens x are (B, T, N, D); all attention runs on views of it.
@@ -27,6 +26,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from data import InputError, config_from, load_strictly, load_tensors, load_torch, strip_prefixes
 
@@ -63,10 +64,9 @@ class DiTConfig:
                 raise InputError(f"DiT {name} is {value}; give at least 1")
         if self.dim % (2 * self.heads):
             raise InputError(f"DiT dim {self.dim} is not {self.heads} heads of even width")
-        if self.temporal_mode not in ATTEND:
-            raise InputError(f"temporal_mode is {self.temporal_mode!r}; choose factored or joint")
-        if self.view_rope not in ("additive", "official"):
-            raise InputError(f"view_rope is {self.view_rope!r}; choose additive or official")
+        for name, known in (("temporal_mode", ATTEND), ("view_rope", ("additive", "official"))):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(known)}")
         if not 0 <= self.action_dropout <= 1:
             raise InputError(f"action_dropout is {self.action_dropout}; choose a share, 0 to 1")
 
@@ -83,8 +83,7 @@ def split_views(z: Tensor, num_views: int) -> Tensor:
     return z.unflatten(3, (num_views, -1)).permute(0, 3, 1, 2, 4, 5)
 
 
-# ------------------------------------------------------------------------------------------------
-# Rotary positions (Su et al. 2021, arXiv 2104.09864).
+# -- Rotary positions (Su et al. 2021, arXiv 2104.09864).
 
 
 def axis_angles(positions: Tensor, channels: int) -> Tensor:
@@ -144,16 +143,21 @@ def norm_rotate(x: Tensor, table: Tensor) -> Tensor:
     return y.flatten(-2).to(x.dtype)
 
 
-# ------------------------------------------------------------------------------------------------
-# Fast parts: they keep little for the backward pass, and so touch little memory.
+# -- Fast parts: they keep little for the backward pass, and so touch little memory.
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute x weight^T + bias; float32 on x86 by oneDNN, as MKL does not use AVX-512 on AMD."""
-    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
-        if torch.backends.mkl.is_available() and not torch.is_autocast_enabled("cpu"):
+    eager = not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+    if eager and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+        if torch.backends.mkl.is_available():
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def unkept() -> bool:
+    """Tell whether nothing is kept for a backward pass, or the compiler decides what."""
+    return torch.compiler.is_compiling() or not torch.is_grad_enabled()
 
 
 class Project(torch.autograd.Function):
@@ -184,8 +188,8 @@ class Linear(nn.Linear):
     """Linear layer behind an element-wise prologue whose output is not kept."""
 
     def forward(self, *inputs: Tensor, prologue: Callable = lambda x: x) -> Tensor:
-        if torch.compiler.is_compiling():  # the compiler decides by itself what to keep
-            return F.linear(prologue(*inputs), self.weight, self.bias)
+        if unkept():
+            return matmul(prologue(*inputs), self.weight, self.bias)
         return Project.apply(prologue, self.weight, self.bias, *inputs)
 
 
@@ -200,8 +204,7 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * value
 
 
-# ------------------------------------------------------------------------------------------------
-# Attention over q (B, T, N, H, E) and k, v (B, T', N, H, E), the queries being the last T of T'
+# -- Attention over q (B, T, N, H, E) and k, v (B, T', N, H, E), the queries being the last T of T'
 # frames: plain or causal SDPA on views, never with a mask, so memory is linear in T.
 
 
@@ -264,8 +267,11 @@ class Block(nn.Module):
         if y is None:  # only keys and values were wanted
             return None
         x = torch.addcmul(x, gate_attn, self.attn["out_proj"](y.reshape(x.shape)))
-        y = self.ffwd["w12"](x, shift_mlp, scale_mlp, prologue=modulate)  # (B, T, N, 2 * hidden)
-        return torch.addcmul(x, gate_mlp, self.ffwd["w3"](y, prologue=swiglu))
+        run = self.mlp if unkept() else functools.partial(checkpoint, self.mlp, use_reentrant=False)
+        return torch.addcmul(x, gate_mlp, run(x, shift_mlp, scale_mlp))
+
+    def mlp(self, *inputs: Tensor) -> Tensor:  # computed again for the backward pass: it is wide
+        return self.ffwd["w3"](self.ffwd["w12"](*inputs, prologue=modulate), prologue=swiglu)
 
 
 def timestep_embedding(tau: Tensor) -> Tensor:
@@ -364,12 +370,8 @@ class DiT(nn.Module):
         return x.permute(0, 1, 2, 4, 3, 5, 6).reshape(z.shape).to(z.dtype)
 
     # -- frame by frame: encode_context once, then denoise at every noise level and keep the result
-
     def encode_context(self, z, tau, actions, cache: ContextCache | None = None) -> ContextCache:
-        """Compute the keys and values of known frames, one frame pass each; T < max_frames, also 0.
-
-        cache  an older one of this batch and grid, whose memory is used again
-        """
+        """Compute the keys and values of known frames, T < max_frames; `cache` lends its memory."""
         T, window = z.shape[1], self.config.max_frames
         if T >= window:
             raise InputError(f"a window of {window} holds {window - 1} known frames, not {T}")
@@ -464,8 +466,6 @@ def load_dit(path: str | Path, **overrides) -> DiT:
 
 
 if __name__ == "__main__":
-    from torch.utils.flop_counter import FlopCounterMode
-
     print("parameters (M) and GFLOP a frame: forward, 16 x 16 patches, T = 10, 2 per multiply-add")
     columns = (16, 2, False), (96, 1, False), (96, 1, True), (1024, 1, True), (1152, 1, True)
     for (C, p, wide), (size, shape) in itertools.product(columns, DIT_SIZES.items()):

@@ -28,7 +28,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from diffusion import FlowMatching, time_shift
 from dit import DIT_SIZES, DiT, DiTConfig, timestep_embedding
-from world_model import candidate_cost
 
 
 def alternate(variants: dict[str, Callable], rounds: int) -> dict[str, float]:
@@ -210,6 +209,8 @@ def rollout(args) -> None:
 
 def plan(args) -> None:
     """Time a candidate of k actions behind two frames: everything run again, shared cache."""
+    from world_model import candidate_cost
+
     objective = FlowMatching(shift=time_shift(args.grid**2, args.channels))
     dit, z = build(args).eval(), torch.randn(6, args.grid, args.grid, args.channels)
     plain = functools.partial(DiT.forward, dit)  # no cache methods
@@ -295,14 +296,21 @@ def clips(args, folder: Path) -> list[np.ndarray]:
 
 def conversion(args, folder: Path, frames: list[np.ndarray]) -> None:
     """Time converting six shards of 16 episodes against copying what came out."""
-    from test_data import bridge_example, jpeg, write_rlds
+    import test_data
+    from test_data import bridge_example, jpeg
 
     import data
 
-    example = bridge_example(0, len(frames))
+    def framed(payload: bytes) -> bytes:  # the tests' own checksum goes bit by bit
+        parts = len(payload).to_bytes(8, "little"), payload
+        return b"".join(part + data.masked_crc32c(part).to_bytes(4, "little") for part in parts)
+
+    test_data.framed, example = framed, bridge_example(0, len(frames))
     for step, frame in zip(example["steps"], frames, strict=True):
         step["observation"]["image_0"] = jpeg(frame)
-    source = write_rlds(folder / "rlds", {"train": [[example] * 16] * 6, "val": [[example]]})
+    source = test_data.write_rlds(
+        folder / "rlds", {"train": [[example] * 16] * 6, "val": [[example]]}
+    )
     megabytes = sum(p.stat().st_size for p in source.glob("*tfrecord*")) / 1e6
     start = time.perf_counter()
     data.convert(data.Args(output_dir=str(folder), source=str(source)))
