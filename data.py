@@ -303,12 +303,6 @@ def write_episode(
     return {"number": int(Path(path).stem), "length": T, **entry}
 
 
-@functools.cache
-def decode_threads(process: int, count: int) -> ThreadPoolExecutor:
-    """Return this process's threads for JPEGs, which Pillow decodes without the interpreter lock."""
-    return ThreadPoolExecutor(count)
-
-
 class Episode:
     """One episode file, open: actions and metadata are read, frames only when asked for."""
 
@@ -336,26 +330,15 @@ class Episode:
         return self.jpeg[int(self.offsets[row]) : int(self.offsets[row + 1])].tobytes()
 
     def frames(self, times: Iterable, views: Iterable, size: int | None, dtype=np.uint8):
-        """Decode frames to (V, T, H, W, 3), bytes or float32 in [0, 1], in torch's thread count."""
-        times, views, where = list(times), list(views), str(self.path)
-        jpegs = [self.jpeg_bytes(t, view) for view, t in itertools.product(views, times)]
-        W, H = (size, size) if size else open_frame(jpegs[0], where, decode=False).size
-        out, count = (
-            np.empty((len(jpegs), H, W, 3), dtype),
-            min(torch.get_num_threads(), len(jpegs)),
-        )
-
-        def decode(part: range) -> None:
-            for i in part:
-                frame = decode_frame(jpegs[i], size, where)
-                if frame.shape != out.shape[1:]:
-                    raise InputError(f"{where}: its frames differ in size; {REMEDY} with one size")
-                out[i] = frame if dtype == np.uint8 else np.divide(frame, 255, dtype=dtype)
-
-        parts = [range(k, len(jpegs), count) for k in range(count)]
-        run = decode_threads(os.getpid(), count).map if count > 1 else map
-        list(run(decode, parts))
-        return out.reshape(len(views), len(times), H, W, 3)
+        """Decode frames to (V, T, H, W, 3): bytes, or float32 in [0, 1]."""
+        times, views, out = list(times), list(views), None
+        for i, (view, t) in enumerate(itertools.product(views, times)):
+            frame = decode_frame(self.jpeg_bytes(t, view), size, str(self.path))
+            out = np.empty((len(views) * len(times), *frame.shape), dtype) if i == 0 else out
+            if frame.shape != out.shape[1:]:
+                raise InputError(f"{self.path}: its frames differ in size; {REMEDY} with one size")
+            out[i] = frame if dtype == np.uint8 else np.divide(frame, 255, dtype=dtype)
+        return out.reshape(len(views), len(times), *out.shape[1:])
 
 
 def read_episode(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:

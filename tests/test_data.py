@@ -164,21 +164,6 @@ def test_clip_needs_no_byte_of_other_frames(tmp_path):
         data.read_episode(info["path"])
 
 
-def test_any_number_of_threads_serves_the_same_clip_and_the_same_fault(tmp_path):
-    make_dataset(tmp_path, [12], views=2)
-    dataset, served = opened(tmp_path, views=2, num_frames=7), []
-    for threads in (1, 3, 50):  # fewer and more than its 14 frames
-        torch.set_num_threads(threads)
-        served.append(dataset[0].frames)
-        path, kept = dataset.info(0)["path"], dataset.info(0)["path"].read_bytes()
-        broken = data.Episode(path).jpeg_bytes(int(dataset.info(0)["times"][3]), 1)
-        path.write_bytes(kept.replace(broken, bytes(len(broken))))
-        with pytest.raises(data.InputError, match="not a JPEG"):
-            dataset[0]
-        path.write_bytes(kept)
-    assert torch.equal(served[0], served[1]) and torch.equal(served[0], served[2])
-
-
 def test_index_line_cut_by_a_kill_was_never_written(tmp_path):
     entries = make_dataset(tmp_path, [5, 6])
     path = tmp_path / "robot" / "index.jsonl"
