@@ -20,7 +20,6 @@ of the features before | after the adapter.
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import itertools
 import json
@@ -32,53 +31,44 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import data
 from adapter import AdapterConfig, PixelDecoder, PixelDecoderConfig, create_adapter, save_adapter
-from data import (
-    ClipSampler,
-    DataConfig,
-    EpisodeDataset,
-    InputError,
-    MissingFileError,
-    ToyConfig,
-    config_from,
-    generate_toy,
-    init_processes,
-    load_strictly,
-    load_torch,
-    parse_args,
-    run_cli,
-    to_uint8,
-    write_atomic,
-    write_latent_cache,
-)
+from data import ClipSampler, EpisodeDataset, InputError, write_atomic
 from diffusion import draw
 from encoders import EncoderConfig, create_autoencoder
 
 VGG = "https://download.pytorch.org/models/vgg16-397923af.pth"
 COLUMNS = (
     "step loss mse cosine spectral kl pixel lpips ms_ssim gan critic grad_adapter grad_decoder lr "
-    "clips_per_s ms_per_step skipped memory_gb val_mse val_cosine val_psnr val_ssim pca_cosine pca_psnr"
+    "clips_per_s ms_per_step mfu minutes_left memory_gb skipped val_mse val_cosine val_psnr "
+    "val_ssim pca_cosine pca_psnr"
 ).split()
-FIXED = (
+FIXED = (  # what resuming may not change
     "subset_names image_size num_frames stride num_views encoder_type pixel_patch adapter "
-    "use_pixel_decoder decoder_channels decoder_multipliers decoder_blocks decoder_attention stage "
-    "gan_weight seed"
-).split()  # what resuming may not change
+    "use_pixel_decoder decoder_channels decoder_multipliers decoder_blocks decoder_attention "
+    "decoder_groups stage gan_weight seed"
+).split()
+# Dense bfloat16 TFLOP/s by the name of the device; elsewhere model FLOPs utilisation stays blank.
+PEAKS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
 
 
 @dataclass
@@ -103,8 +93,8 @@ class Args:
     decoder_multipliers: str = "1,1,2,4,8"  # widths of its levels, outermost first
     decoder_blocks: int = 2  # residual blocks a level
     decoder_attention: str = "16"  # levels with attention, by size on 256x256 frames
-    decoder_crop: int | None = (
-        None  # paint only a random window of so many cells a side in training
+    decoder_groups: int = (
+        32  # of its GroupNorms; fewer for narrow decoders, 3 channels or more each
     )
     # -- loss
     stage: Literal["svae", "psvae"] = "svae"  # psvae: the pixel loss reaches the adapter
@@ -119,6 +109,7 @@ class Args:
     gan_weight: float = 0.0  # PatchGAN, scaled as in VQGAN; the paper's option is 0.1
     gan_start: int = 100_000  # clips seen before the PatchGAN is used
     # -- optimisation
+    crop: int | None = None  # train on random windows of so many latent cells a side
     batch_size: int = 16  # clips per process and micro step
     grad_accum: int = 1  # micro steps per optimiser step
     num_epochs: int = 200  # length of the run and of the learning-rate schedule
@@ -142,10 +133,10 @@ class Args:
     save_every: int = 1000  # steps between checkpoints
 
     def __post_init__(self):
-        counts = (
-            "batch_size grad_accum num_epochs log_every val_every val_clips save_every decoder_crop"
-        )
-        for name in counts.split():
+        if isinstance(self.adapter, dict):  # from a config.json
+            self.adapter = data.config_from(AdapterConfig, self.adapter, "config.json: adapter")
+        counts = "batch_size grad_accum num_epochs log_every val_every val_clips save_every"
+        for name in (*counts.split(), "crop"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1")
         if self.adapter.adapter_type == "identity" and not self.use_pixel_decoder:
@@ -165,6 +156,7 @@ class Args:
             self.decoder_blocks,
             temporal_upsample=temporal,
             attn_resolutions=attention,
+            norm_groups=self.decoder_groups,
         )
 
 
@@ -196,20 +188,300 @@ TOY = Args(
 )
 
 
+# -- how a run begins, goes on and ends: the same lines in train_adapter.py and train_dit.py -------
+
+
 def lr_at(step: int, args: Args, steps_per_epoch: float) -> float:
     """Warm up linearly from lr / 1000, then follow half a cosine down to `final_lr` times lr."""
     warmup, total = args.warmup_epochs * steps_per_epoch, args.num_epochs * steps_per_epoch
     if step < warmup:
         return args.lr * (1e-3 + (1 - 1e-3) * step / warmup)
-    progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
-    return args.lr * (
-        args.final_lr + (1 - args.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-    )
+    wave = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup))))
+    return args.lr * (args.final_lr + (1 - args.final_lr) * wave)
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio per frame in dB; (..., H, W, 3) in [0, 1] -> (...)."""
     return -10 * (a - b).square().mean((-3, -2, -1)).clamp_min(1e-10).log10()
+
+
+def read_args() -> tuple[Args, list[str]]:
+    """Parse the command line over the config of the run to --resume: (args, what differs)."""
+    if not (found := re.search("\0--resume[=\0]([^\0]+)", "\0".join(sys.argv))):
+        return data.parse_args(Args, toy=TOY), []
+    path = Path(found[1]) / "config.json"
+    if not path.is_file():
+        raise data.MissingFileError(f"{path}: no such file; --resume takes the folder of a run")
+    old = data.config_from(Args, json.loads(path.read_text()), str(path))
+    new, changes = data.parse_args(Args, toy=TOY, default=old), []
+    for name, before in vars(old).items():
+        if (now := getattr(new, name)) != before and name not in ("resume", "output_dir"):
+            changes.append(f"changed since the run was started: {name} {before} -> {now}")
+            if name in FIXED:
+                raise InputError(
+                    f"--{name} {now}: the run was started with {before}, which resuming cannot "
+                    "change; leave the flag out or start a new run"
+                )
+    return new, changes
+
+
+def begin() -> tuple[Args, data.Processes]:
+    """Read the flags, join the other processes, seed every random generator."""
+    args, changes = read_args()
+    proc = data.init_processes(args.device)
+    if changes and proc.rank == 0:
+        print(*changes, sep="\n")
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
+    return args, proc
+
+
+def choose_clips(args: Args, proc: data.Processes, **others) -> data.DataConfig:
+    """Say how clips are cut, as the flags do; write the toy world when it is first used."""
+    known = {field.name for field in dataclasses.fields(data.DataConfig)} & vars(args).keys()
+    values = {name: getattr(args, name) for name in known}
+    if "toy" in args.subset_names.split(",") and proc.rank == 0:
+        if not (Path(args.dataset_dir) / "toy").exists():
+            data.generate_toy(args.dataset_dir)
+    if proc.world > 1:
+        torch.distributed.barrier()
+    return data.DataConfig(**values, views=args.num_views, **others)
+
+
+def ignore_signals(_: int) -> None:
+    """Leave signals, which reach loader processes too, to the training process."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Run:
+    """Keep a run's folder so that a killed run, resumed, is the same run; tell how it goes.
+
+    folder   gets config.json, log.csv, loss.png, last.pt and, one save older, previous.pt
+    parts    {name: module or optimiser} that a checkpoint holds
+    dataset  whose clips are drawn
+    flops    of the forward passes of this process in one step
+    """
+
+    def __init__(self, folder: Path, args: Args, proc, parts: dict, dataset, flops=lambda: 0):
+        self.folder, self.args, self.proc, self.parts = folder, args, proc, parts
+        self.dataset, self.device, self.step, self.state = dataset, proc.device, 0, None
+        self.say = print if proc.rank == 0 else lambda *_: None
+        self.rotate = True  # whether last.pt deserves to become previous.pt
+        self.global_batch = args.batch_size * args.grad_accum * proc.world
+        self.epoch_steps = max(1, len(dataset) // self.global_batch)
+        self.sums, (self.skipped, self.in_a_row) = {}, torch.zeros(2, device=proc.device)
+        self.config = dataclasses.asdict(dataclasses.replace(args, resume=None))
+        if args.resume:
+            self.load()
+        elif any((folder / name).exists() for name in ("last.pt", "previous.pt")):
+            raise InputError(f"{folder}: holds a run; --resume {folder} or take another folder")
+        self.last_step = args.max_steps
+        if args.max_steps is None:
+            self.last_step = args.num_epochs * self.epoch_steps
+        self.log = folder / "log.csv"
+        if proc.rank == 0:
+            write_atomic(folder / "config.json", json.dumps(self.config, indent=1).encode())
+            old = self.log.read_text().splitlines(True)[1:] if self.log.exists() else []
+            kept = [x for x in old if x[-1] == "\n" and int(x.partition(",")[0]) <= self.step]
+            write_atomic(self.log, (",".join(COLUMNS) + "\n" + "".join(kept)).encode())
+        self.signals: list[int] = []
+        self.handlers = {
+            number: signal.signal(number, lambda number, _: self.signals.append(number))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        self.peak = next((1e12 * peak for kind, peak in PEAKS.items() if kind in name), None)
+        self.flops = 3 * flops() if self.peak else 0  # the backward pass takes twice the forward's
+        self.say(f"{len(dataset)} episodes, {self.epoch_steps} steps an epoch, {folder}")
+        hidden = proc.rank > 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=self.last_step, initial=self.step, disable=hidden)
+        self.since, self.began = self.step, time.perf_counter()
+
+    def load(self) -> None:
+        """Go on from the newest checkpoint that is whole."""
+        for path in (self.folder / "last.pt", self.folder / "previous.pt"):
+            try:
+                self.state = data.load_torch(path)
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip():
+                        raise InputError(f"{path}: its checksums do not match")
+                self.rotate = path.name == "last.pt"
+                break
+            except (InputError, zipfile.BadZipFile) as error:
+                self.say(f"warning: {error}")
+        else:
+            raise data.MissingFileError(f"{self.folder}: no whole last.pt or previous.pt to resume")
+        if self.state["global_batch"] != self.global_batch:
+            raise InputError(
+                f"{self.folder}: was trained with {self.state['global_batch']} clips a step, now "
+                f"{self.global_batch} (batch_size x grad_accum x processes); make them equal"
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(self.state.pop(name))
+        self.step, self.skipped[...] = self.state["step"], self.state["skipped"]
+        self.say(f"resumed {self.folder} at step {self.step}")
+
+    def batches(self, clips) -> Iterator:
+        """Serve this process's batches from here on, every random generator as it was here."""
+        args, proc, start = self.args, self.proc, self.step * self.args.grad_accum
+        self.sampler = ClipSampler(self.dataset, args.batch_size, proc.rank, proc.world, start)
+        options = {"pin_memory": self.device.type == "cuda", "worker_init_fn": ignore_signals}
+        loader = DataLoader(
+            clips, batch_sampler=self.sampler, num_workers=args.num_workers, **options
+        )
+        batches = iter(loader)  # draws a number
+        if self.state:
+            python, numpy, cpu, cuda = self.state["random"][proc.rank % len(self.state["random"])]
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.set_rng_state(cpu)
+            if cuda is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(cuda, self.device)
+        return batches
+
+    @contextlib.contextmanager
+    def writing(self):
+        """Let a run go on that cannot write: files written before stay as they are."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"warning: step {self.step} could not be saved ({error}); the run goes on")
+
+    def save(self) -> None:
+        """Write last.pt, keep the one before as previous.pt; a kill leaves at least one of them."""
+        kind, keys, *others = np.random.get_state()
+        numpy = (kind, keys.tolist(), *others)
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        mine, states = (random.getstate(), numpy, torch.get_rng_state(), cuda), [None]
+        if self.proc.world > 1:
+            states *= self.proc.world
+            torch.distributed.all_gather_object(states, mine)
+        if self.proc.rank > 0:
+            return
+        epoch, position = divmod(self.step * self.global_batch, len(self.dataset))
+        state = {"step": self.step, "epoch": epoch, "position": position, "config": self.config}
+        state |= {"global_batch": self.global_batch, "skipped": self.skipped.item()}
+        state |= {"random": states if self.proc.world > 1 else [mine]}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        last = self.folder / "last.pt"
+
+        def write(path: Path) -> None:
+            try:
+                torch.save(state, path)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(error) from error
+            if self.rotate and last.exists():
+                os.replace(last, last.with_name("previous.pt"))
+            self.rotate = True
+
+        with self.writing():
+            write_atomic(last, write)
+            self.draw()
+
+    def stopped(self) -> bool:
+        """Whether a signal came to any process; all get the same answer."""
+        if self.proc.world == 1:
+            return bool(self.signals)
+        if self.step % self.args.log_every:
+            return False
+        votes = torch.tensor(float(bool(self.signals)), device=self.device)
+        torch.distributed.all_reduce(votes)
+        return votes.item() > 0
+
+    def update(self, optimizer: torch.optim.Optimizer, norms: list[Tensor], *others) -> None:
+        """Step the optimisers, unless a gradient is not finite; fused AdamW needs no sync for it."""
+        bad = (~torch.stack(norms).isfinite().all()).float()
+        for each in (optimizer, *others):
+            each.found_inf = bad
+            each.step()
+            each.zero_grad(set_to_none=True)
+        self.skipped += bad
+        self.in_a_row = (self.in_a_row + 1) * bad
+        self.step += 1
+        self.bar.update()
+
+    def write(self, row: dict[str, float], show: bool = True) -> None:
+        """Append a row to log.csv and show it."""
+        values = (row.get(name, "") for name in COLUMNS)
+        texts = (f"{v:.8g}" if isinstance(v, float) else str(v) for v in values)
+        if self.proc.rank == 0:
+            with self.writing(), self.log.open("a") as file:
+                file.write(",".join(texts) + "\n")
+        if show:
+            texts = [f"{name} {value:.4g}" for name, value in row.items() if name != "step"]
+            self.say(f"step {self.step}: {', '.join(texts)}")
+
+    def add(self, **values: Tensor) -> None:
+        """Collect losses of a micro step; `report` gives their means."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach() / self.args.grad_accum
+
+    def report(self, lr: float, **norms: Tensor) -> None:
+        """Log the mean losses since the last report; stop after ten steps that were not finite."""
+        steps = self.step - self.since
+        means = torch.stack([*(x / steps for x in self.sums.values()), *norms.values()])
+        means = torch.cat((means, self.in_a_row[None]))
+        if self.proc.world > 1:
+            torch.distributed.all_reduce(means)
+        *means, bad = (means / self.proc.world).tolist()  # the only host sync
+        row = {"step": self.step, **dict(zip((*self.sums, *norms), means, strict=True)), "lr": lr}
+        pace = (time.perf_counter() - self.began) / steps
+        row |= {"clips_per_s": self.global_batch / pace, "ms_per_step": 1000 * pace}
+        row |= {"mfu": self.flops / pace / self.peak} if self.peak else {}
+        row |= {"minutes_left": pace * (self.last_step - self.step) / 60}
+        if self.device.type == "cuda":
+            row["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        else:  # bytes on macOS, KiB elsewhere
+            unit = 1e9 if sys.platform == "darwin" else 1e6
+            row["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        self.write(row | {"skipped": self.skipped.item()}, show=self.bar.disable)
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f}")
+        self.sums, self.since, self.began = {}, self.step, time.perf_counter()
+        if bad >= 10:
+            self.save()
+            keys = self.sampler.batch(self.step * self.args.grad_accum - 1)
+            names = sorted({str(self.dataset.info(key)["path"]) for key in keys})
+            raise InputError(
+                f"step {self.step}: ten losses in a row were not finite; the last clips were of "
+                f"{', '.join(names)}; look at them, or lower --lr and --resume {self.folder}"
+            )
+
+    def draw(self) -> None:
+        """Draw the loss over the steps, on a logarithmic axis, as loss.png."""
+        rows = [line.split(",")[:2] for line in self.log.read_text().splitlines()[1:]]
+        points = [(int(s), math.log10(float(v))) for s, v in rows if v and 0 < float(v) < math.inf]
+        if len(points) < 2:
+            return
+        (*_, (end, final)), logs = points, [log for _, log in points]
+        low, high = min(logs), max(*logs, min(logs) + 0.01)
+        image = Image.new("RGB", (800, 480), "white")
+        pen = ImageDraw.Draw(image)
+
+        def place(step: float, log: float) -> tuple[float, float]:
+            return 70 + 700 * step / end, 440 - 400 * (log - low) / (high - low)
+
+        for i in range(5):
+            step, log = end * i / 4, low + (high - low) * i / 4
+            pen.line((place(0, log), place(end, log)), fill="#dddddd")
+            pen.text((10, place(0, log)[1] - 6), f"{10**log:.4g}", fill="black")
+            pen.text((place(step, low)[0] - 12, 450), f"{step:.0f}", fill="black")
+        pen.line([place(*point) for point in points], fill="#1f5fbf", width=2)
+        pen.text((70, 12), f"loss, {10**final:.4g} at step {end}", fill="black")
+        write_atomic(self.folder / "loss.png", lambda path: image.save(path, "PNG"))
+
+    def end(self) -> None:
+        """Say how to go on with a run that was stopped; leave signals and other processes alone."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.step < self.last_step:
+            command = f"python {Path(sys.argv[0]).name} --resume {self.folder}"
+            self.say(f"stopped at step {self.step}; go on with: {command}")
+        if self.proc.world > 1:
+            torch.distributed.destroy_process_group()
+
+
+# -------------------------------------------------------------------------------------------------
 
 
 def ms_ssim(a: Tensor, b: Tensor, scales: int | None = None) -> Tensor:
@@ -247,14 +519,14 @@ def load_lpips(device: torch.device) -> nn.Module:
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / VGG.rpartition("/")[2]
     if not path.is_file():
-        raise MissingFileError(
+        raise data.MissingFileError(
             f"{path}: no such file, and lpips_weight needs it; download {VGG} to that place, or "
             "train without the term: --lpips_weight 0"
         )
-    model, trunk = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False), load_torch(path)
+    model, trunk = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False), data.load_torch(path)
     names = {name: f"features.{name.partition('.')[2]}" for name in model.net.state_dict()}
     state = {name: trunk[there] for name, there in names.items() if there in trunk}
-    load_strictly(model.net, state, str(path))
+    data.load_strictly(model.net, state, str(path))
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -289,13 +561,12 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.adapter, self.pixel_decoder, self.joint = adapter, pixel_decoder, joint
 
-    def forward(self, z: Tensor, eps: Tensor, window: tuple | None = None) -> tuple:
-        """Return z', mean, logvar (if any) and, painted from a window (rows, columns) of u, frames."""
+    def forward(self, z: Tensor, eps: Tensor) -> tuple:
+        """Return z', mean, logvar (if any) and, with a pixel decoder, painted frames."""
         mean, logvar = (x if x is None else x.float() for x in self.adapter.posterior(z))
         u = self.adapter.refine(mean if logvar is None else mean + torch.exp(0.5 * logvar) * eps)
         z_rec, painted = self.adapter.decode(u).float(), None
         if self.pixel_decoder is not None:
-            u = u if window is None else u[..., window[0], window[1], :]
             painted = self.pixel_decoder(u if self.joint else u.detach()).float()
         return z_rec, mean, logvar, painted
 
@@ -326,12 +597,14 @@ def pixel_terms(
     return terms
 
 
-def cut(frames: Tensor, grid: tuple[int, int], cells: int, seed: int) -> tuple[Tensor, tuple]:
-    """Cut a random window of latent cells out of frames: (frames, (rows, columns) of the grid)."""
-    rng, p = random.Random(seed), frames.shape[-2] // grid[1]
-    starts = [rng.randrange(max(1, n - cells + 1)) for n in grid]
-    rows, columns = (slice(p * n, p * (n + cells)) for n in starts)
-    return frames[..., rows, columns, :], tuple(slice(n, n + cells) for n in starts)
+def cut(z: Tensor, frames: Tensor | None, cells: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Cut a random window of latent cells out of features, and the same place out of frames."""
+    rng, (h, w) = random.Random(seed), z.shape[-3:-1]
+    y, x = (rng.randrange(max(1, n - cells + 1)) for n in (h, w))
+    if frames is not None:
+        p = frames.shape[-2] // w
+        frames = frames[..., p * y : p * (y + cells), p * x : p * (x + cells), :]
+    return z[..., y : y + cells, x : x + cells, :], frames
 
 
 def weigh(terms: dict[str, tuple]) -> Tensor:
@@ -359,8 +632,8 @@ class Clips(Dataset):
 
 
 @torch.no_grad()
-def fit_pca(clips: Iterable[tuple[Tensor, Tensor]], width: int, parallel) -> tuple[Tensor, Tensor]:
-    """Find mean and leading directions of the features of some clips: (D,), (D, width)."""
+def fit_pca(clips: Iterable[tuple[Tensor, Tensor]], parallel) -> tuple[Tensor, Tensor, Tensor]:
+    """Find mean (D,), principal axes (D, D) and their variances (D,), strongest axis first."""
     moments = 0.0
     for z, _ in clips:
         x = F.pad(z.flatten(0, -2).double(), (0, 1), value=1.0)  # the ones count and sum
@@ -369,8 +642,8 @@ def fit_pca(clips: Iterable[tuple[Tensor, Tensor]], width: int, parallel) -> tup
         parallel.all_reduce(moments)
     mean = moments[-1, :-1] / moments[-1, -1]
     covariance = moments[:-1, :-1] / moments[-1, -1] - mean.outer(mean)
-    _, directions = torch.linalg.eigh(covariance)  # ascending
-    return mean.float(), directions[:, -width:].flip(1).float()
+    variances, axes = torch.linalg.eigh(covariance)  # ascending
+    return mean.float(), axes.flip(1).float(), variances.flip(0).clamp_min(0).float()
 
 
 def paint(model: Autoencoder, encoder: nn.Module, u: Tensor, z_rec: Tensor) -> Tensor | None:
@@ -423,95 +696,13 @@ def write_picture(path: Path, model: Autoencoder, encoder: nn.Module, clips, pca
         x = ((x - low) / (high - low)).clamp(0, 1).flatten(0, 1).movedim(-1, 1)
         columns.append(F.interpolate(x, frames.shape[2:4]).movedim(1, -1)[:, None])
     picture = torch.cat([torch.cat(list(x[:, 0]), dim=0) for x in columns], dim=1)
-    image = Image.fromarray(to_uint8(picture))
+    image = Image.fromarray(data.to_uint8(picture))
     write_atomic(path, lambda temporary: image.save(temporary, "PNG"))
 
 
-def stored_args(words: list[str]) -> Args | None:
-    """Read the config of the run that `--resume` names; None for a new run."""
-    if not (found := re.search("\0--resume[=\0]([^\0]+)", "\0".join(words))):
-        return None
-    path = Path(found[1]) / "config.json"
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such file; --resume takes the folder of a run")
-    stored = json.loads(path.read_text())
-    stored["adapter"] = config_from(AdapterConfig, stored["adapter"], str(path))
-    return config_from(Args, stored, str(path))
-
-
-def check_resumable(old: Args, new: Args, say) -> None:
-    """List the flags that differ from the stored run; refuse those that change what is trained."""
-    for name in (f.name for f in dataclasses.fields(Args)):
-        before, now = getattr(old, name), getattr(new, name)
-        if before == now or name in ("resume", "output_dir"):
-            continue
-        if name in FIXED:
-            raise InputError(
-                f"--{name} {now}: the run was started with {before}, which resuming cannot "
-                "change; leave the flag out or start a new run"
-            )
-        say(f"changed since the run was started: {name} {before} -> {now}")
-
-
-def save_run(folder: Path, state: dict) -> None:
-    """Write last.pt and keep the one before as previous.pt; a kill leaves at least one of them."""
-    last = folder / "last.pt"
-    if last.exists():
-        os.replace(last, folder / "previous.pt")
-    write_atomic(last, lambda path: torch.save(state, path))
-
-
-def load_run(folder: Path, say) -> dict:
-    """Read the newest checkpoint of a run that is whole."""
-    for name in ("last.pt", "previous.pt"):
-        try:
-            return load_torch(folder / name)
-        except InputError as error:
-            say(f"warning: {error}")
-    raise MissingFileError(f"{folder}: no whole last.pt or previous.pt; nothing to resume from")
-
-
-class Log:
-    """Append rows to log.csv; on resuming, rows after the checkpoint's step are dropped."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        rows = list(csv.DictReader(path.open())) if path.exists() else []
-        lines = [self.line(COLUMNS)]
-        lines += [self.line(row.values()) for row in rows if int(row["step"]) <= step]
-        write_atomic(path, "".join(lines).encode())
-
-    @staticmethod
-    def line(values) -> str:
-        return ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values) + "\n"
-
-    def write(self, **row: float) -> None:
-        with self.path.open("a") as file:
-            file.write(self.line(row.get(name, "") for name in COLUMNS))
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory of the device, or of this process on a CPU, in GB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, KiB here
-
-
-def ignore_interrupt(_: int) -> None:
-    """Leave Ctrl-C, which reaches loader processes too, to the training process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def main() -> None:
-    # 1. Configuration, processes, seed.
-    old = stored_args(sys.argv)
-    args = parse_args(Args, toy=TOY, default=old)
-    proc = init_processes(args.device)
-    say = print if proc.rank == 0 else lambda *_: None
-    if old is not None:
-        check_resumable(old, args, say)
-    torch.manual_seed(args.seed)
+    # 1. Flags, processes, seed.
+    args, proc = begin()
     on_cuda = proc.device.type == "cuda"
     use_bf16 = on_cuda if args.bf16 is None else args.bf16
     use_compile = on_cuda if args.compile is None else args.compile
@@ -533,30 +724,17 @@ def main() -> None:
     lpips = load_lpips(proc.device) if use_lpips else None
 
     # 3. Data: frames, cached features, or both.
-    data = DataConfig(
-        dataset_dir=args.dataset_dir,
-        subset_names=args.subset_names,
-        image_size=args.image_size,
-        num_frames=args.num_frames,
-        num_history=0,
-        stride=args.stride,
-        views=args.num_views,
-        seed=args.seed,
-    )
-    if "toy" in args.subset_names.split(",") and proc.rank == 0:
-        generate_toy(args.dataset_dir, ToyConfig())
-    if parallel:
-        parallel.barrier()
+    config = choose_clips(args, proc, num_history=0)
     latents = None
     if args.cache_latents:
         if encoder.temporal_stride > 1:
             raise InputError("cache_latents: these features depend on the clip; leave the flag out")
         name = f"{encoder.fingerprint}-{args.image_size}"
-        write_latent_cache(data, "train", name, encoder.encode, (proc.rank, proc.world))
+        data.write_latent_cache(config, "train", name, encoder.encode, (proc.rank, proc.world))
         if parallel:
             parallel.barrier()
-        latents = EpisodeDataset(data, "train", name)
-    train_set, test_set = EpisodeDataset(data, "train"), EpisodeDataset(data, "test")
+        latents = EpisodeDataset(config, "train", name)
+    train_set, test_set = EpisodeDataset(config, "train"), EpisodeDataset(config, "test")
     clips = Clips(train_set if args.use_pixel_decoder or latents is None else None, latents)
 
     def look(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -590,7 +768,10 @@ def main() -> None:
         )
     model = Autoencoder(adapter, pixel_decoder, args.stage == "psvae").to(proc.device)
     critic = Critic().to(proc.device) if use_gan else None
-    pca = fit_pca(some(train_set), min(adapter.latent_dim, encoder.latent_dim), parallel)
+    mean, axes, variances = fit_pca(some(train_set), parallel)
+    pca = mean, axes[:, : adapter.latent_dim]
+    if args.adapter.adapter_pca:
+        adapter.begin_as_pca(mean, axes, variances)
 
     # 5. Optimisers, compile, DDP. `model` is the raw module, `net` the one that is called.
     groups = [{"params": [*adapter.parameters()], "scale": 1.0, "name": "adapter"}]
@@ -603,7 +784,10 @@ def main() -> None:
     )
     net = torch.compile(model) if use_compile else model
     if parallel:
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+        mesh = init_device_mesh(proc.device.type, (proc.world,))
+        net = DistributedDataParallel(
+            net, device_mesh=mesh, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     if critic is not None:
         critic = nn.SyncBatchNorm.convert_sync_batchnorm(critic) if parallel else critic
         judge = DistributedDataParallel(critic) if parallel else critic
@@ -613,104 +797,57 @@ def main() -> None:
     autocast = torch.autocast(proc.device.type, torch.bfloat16, enabled=use_bf16)
     generator = torch.Generator(proc.device)
 
+    def flops() -> int:
+        z = next(some(test_set))[0]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(z, z.new_zeros((*z.shape[:-1], adapter.latent_dim)))
+        return counter.get_total_flops() * args.batch_size * args.grad_accum
+
     # 6. The run folder: a new one, or one to go on with.
     folder = Path(args.resume or args.output_dir or f"outputs/adapter_{args.adapter.adapter_type}")
-    global_batch = args.batch_size * args.grad_accum * proc.world
-    epoch_steps = max(1, len(train_set) // global_batch)
-    step, skipped, in_a_row = 0, *torch.zeros(2, device=proc.device)
     parts = {"model": model, "optimizer": optimizer}
     if critic is not None:
         parts |= {"critic": critic, "critic_optimizer": critic_optimizer}
-    if args.resume:
-        state = load_run(folder, say)
-        if state["global_batch"] != global_batch:
-            raise InputError(
-                f"{folder}: was trained with {state['global_batch']} clips a step, now "
-                f"{global_batch} (batch_size x grad_accum x processes); make them equal"
-            )
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        for group, own in zip(optimizer.param_groups, groups, strict=True):
-            group.update({name: own[name] for name in ("scale", "weight_decay")})  # flags win
-        step = state["step"]
-        say(f"resumed {folder} at step {step}")
-    elif (folder / "last.pt").exists() or (folder / "previous.pt").exists():
-        raise InputError(f"{folder}: holds a run; give --resume {folder}, or another --output_dir")
-    if proc.rank == 0:
-        config = dataclasses.asdict(dataclasses.replace(args, resume=None))
-        write_atomic(folder / "config.json", json.dumps(config, indent=1).encode())
-
-    def save() -> None:
-        """Write the checkpoint and the adapter; a full disk leaves the old ones and a warning."""
-        if proc.rank == 0:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            try:
-                save_run(folder, {"step": step, "global_batch": global_batch, **state})
-                save_adapter(folder / "adapter.safetensors", adapter, pixel_decoder)
-            except (OSError, RuntimeError) as error:  # torch.save raises the second on a full disk
-                say(f"warning: step {step} could not be saved ({error}); the run goes on")
+    scales = [group["scale"] for group in groups]
+    run = Run(folder, args, proc, parts, train_set, flops)
+    sizes = (sum(p.numel() for p in group["params"]) / 1e6 for group in groups)
+    run.say(f"{' + '.join(f'{size:.2f}' for size in sizes)} M parameters")
 
     # 7. The loop, with one extra turn for the last validation and save.
-    total = args.num_epochs * epoch_steps
-    last_step = total if args.max_steps is None else min(total, args.max_steps)
-    sampler = ClipSampler(
-        train_set, args.batch_size, proc.rank, proc.world, start=step * args.grad_accum
-    )
-    loader = DataLoader(
-        clips,
-        batch_sampler=sampler,
-        num_workers=args.num_workers,
-        pin_memory=on_cuda,
-        worker_init_fn=ignore_interrupt,
-    )
-    batches = iter(loader)
-    signals: list[int] = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, _: signals.append(number))
-    log = Log(folder / "log.csv", step) if proc.rank == 0 else None
-    sizes = [sum(p.numel() for p in group["params"]) / 1e6 for group in groups]
-    say(
-        f"{' + '.join(f'{size:.2f}' for size in sizes)} M parameters, {len(train_set)} episodes, "
-        f"{epoch_steps} steps an epoch, steps {step} to {last_step}, {folder}"
-    )
-    bar = tqdm(total=last_step, initial=step, disable=proc.rank > 0 or not sys.stderr.isatty())
-    sums, since, began = {}, step, time.perf_counter()
+    batches = run.batches(clips)
     while True:
-        stopped = bool(signals)
-        if parallel and (stopped := step % args.log_every == 0):  # all processes must agree
-            votes = torch.tensor(float(bool(signals)), device=proc.device)
-            parallel.all_reduce(votes)
-            stopped = votes.item() > 0
-        last = step >= last_step
-        if not stopped and (last or (step and step % args.val_every == 0)):
-            scores = validate(model, encoder, some(test_set), pca, parallel)
+        last, stopped = run.step >= run.last_step, run.stopped()
+        if not stopped and (last or (run.step and run.step % args.val_every == 0)):
+            run.write({"step": run.step, **validate(model, encoder, some(test_set), pca, parallel)})
             if proc.rank == 0:
-                log.write(step=step, **scores)
-                say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
-                picture = folder / f"sample_{step:07d}.png"
-                write_picture(picture, model, encoder, some(test_set), pca)
-        if last or stopped or (step and step % args.save_every == 0):
-            save()
+                with run.writing():
+                    path = folder / f"sample_{run.step:07d}.png"
+                    write_picture(path, model, encoder, some(test_set), pca)
+        if last or stopped or (run.step and run.step % args.save_every == 0):
+            run.save()
+            if proc.rank == 0:
+                with run.writing():
+                    save_adapter(folder / "adapter.safetensors", adapter, pixel_decoder)
         if last or stopped:
             break
 
-        lr, seen = lr_at(step, args, epoch_steps), step * global_batch
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        kl_weight = args.kl_weight * min(1.0, step / max(1.0, args.kl_warmup * total))
+        lr, seen = lr_at(run.step, args, run.epoch_steps), run.step * run.global_batch
+        for group, scale in zip(optimizer.param_groups, scales, strict=True):
+            group["lr"], group["weight_decay"] = lr * scale, args.weight_decay
+        warm = args.kl_warmup * args.num_epochs * run.epoch_steps
+        kl_weight = args.kl_weight * min(1.0, run.step / max(1.0, warm))
         for micro in range(args.grad_accum):
             z, frames = look(next(batches))
+            if args.crop:
+                z, frames = cut(z, frames, args.crop, args.seed + run.step)
             shard = (micro * proc.world + proc.rank, args.grad_accum * proc.world)
-            generator.manual_seed(args.seed + 1_000_003 * step)
+            generator.manual_seed(args.seed + 1_000_003 * run.step)
             shape = (*z.shape[:-1], adapter.latent_dim)
             eps = draw(torch.randn, shape, z, generator, shard)
-            window = None
-            if args.decoder_crop and pixel_decoder is not None:
-                frames, window = cut(frames, z.shape[-3:-1], args.decoder_crop, args.seed + step)
             wait = parallel and micro + 1 < args.grad_accum
             with net.no_sync() if wait else contextlib.nullcontext():
                 with autocast:
-                    out = net(z, eps, window)
+                    out = net(z, eps)
                 terms, painted = feature_terms(out, z, args, kl_weight), out[3]
                 if painted is not None:
                     judged = lpips if seen >= args.lpips_start else None
@@ -727,57 +864,21 @@ def main() -> None:
                 critic.requires_grad_(True)
                 terms["critic"] = (0.0, judge(frames, painted.detach()))
                 (terms["critic"][1] / args.grad_accum).backward()
-            for name, (_, value) in {"loss": (1.0, loss), **terms}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach() / args.grad_accum
-        norms = [
-            torch.nn.utils.clip_grad_norm_(group["params"], args.clip_grad, foreach=True)
+            run.add(loss=loss, **{name: value for name, (_, value) in terms.items()})
+        norms = {
+            f"grad_{group['name']}": torch.nn.utils.clip_grad_norm_(
+                group["params"], args.clip_grad, foreach=True
+            )
             for group in groups
-        ]
-        optimizer.found_inf = (~torch.stack(norms).isfinite().all()).float()  # then AdamW skips it
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if "gan" in terms:
-            critic_optimizer.found_inf = optimizer.found_inf
-            critic_optimizer.step()
-            critic_optimizer.zero_grad(set_to_none=True)
-        skipped += optimizer.found_inf
-        in_a_row = (in_a_row + 1) * optimizer.found_inf
-        step += 1
-        bar.update()
-        if step % args.log_every == 0:
-            mean = torch.stack([*sums.values()]) / (step - since)
-            if parallel:
-                parallel.all_reduce(mean)
-            row = dict(zip(sums, (mean / proc.world).tolist(), strict=True))  # the only host sync
-            pace = (time.perf_counter() - began) / (step - since)
-            for group, norm in zip(groups, norms, strict=True):
-                row[f"grad_{group['name']}"] = norm.item()
-            row |= {"lr": lr, "clips_per_s": global_batch / pace, "ms_per_step": 1000 * pace}
-            row |= {"skipped": skipped.item(), "memory_gb": memory_gb(proc.device)}
-            if in_a_row.item() >= 10:
-                save()
-                names = sorted(
-                    {str(train_set.info(key)["path"]) for key in sampler.batch(step - 1)}
-                )
-                raise InputError(
-                    f"step {step}: ten losses in a row were not finite; the last clips were of "
-                    f"{', '.join(names)}; look at them, or lower --lr and --resume {folder}"
-                )
-            if proc.rank == 0:
-                log.write(step=step, **row)
-                bar.set_postfix_str(f"loss {row['loss']:.4f}, {1000 * pace:.0f} ms a step")
-                if bar.disable:
-                    left = pace * (last_step - step) / 60
-                    texts = [f"{k} {v:.4g}" for k, v in {"step": step, **row}.items()]
-                    say(f"{', '.join(texts)}, {left:.0f} min left")
-            sums, since, began = {}, step, time.perf_counter()
+        }
+        critics = [critic_optimizer] if "gan" in terms else []
+        run.update(optimizer, [*norms.values()], *critics)
+        if run.step % args.log_every == 0:
+            run.report(lr, **norms)
 
-    say(f"{folder / 'adapter.safetensors'} holds the adapter of step {step}")
-    if stopped:
-        say(f"stopped at step {step}; go on with: python train_adapter.py --resume {folder}")
-    if parallel:
-        parallel.destroy_process_group()
+    run.say(f"{folder / 'adapter.safetensors'} holds the adapter of step {run.step}")
+    run.end()
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    data.run_cli(main)

@@ -2,11 +2,9 @@
 
 import csv
 import math
-import os
+import random
 import re
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import finish, start
 
 import data
 import train_adapter
@@ -22,7 +21,6 @@ from adapter import AdapterConfig, PixelDecoder, PixelDecoderConfig, create_adap
 from data import InputError, append_index, load_torch, write_episode
 from train_adapter import COLUMNS, Args, Autoencoder, Critic, balance, ms_ssim
 
-ROOT = Path(train_adapter.__file__).parent
 ADAPTER = AdapterConfig(
     adapter_latent_dim=6, adapter_num_layers=1, adapter_num_heads=4, adapter_intermediate_size=32
 )
@@ -67,6 +65,7 @@ def train(tiny, tmp_path, monkeypatch):
         words = ["--resume", str(folder)] if resume else [*TINY, "--dataset_dir", str(tiny)]
         words += [] if resume else ["--output_dir", str(folder)]
         monkeypatch.setattr(sys, "argv", ["train_adapter.py", *words, *map(str, flags)])
+        torch.set_num_threads(1)
         train_adapter.main()
         return folder
 
@@ -101,7 +100,8 @@ def tensors(tree, name=""):
 
 def same(one, other):
     """Whether two checkpoints hold the same names, numbers and bits."""
-    a, b = (tensors(load_torch(folder / "last.pt")) for folder in (one, other))
+    a, b = (load_torch(folder / "last.pt") for folder in (one, other))
+    a, b = (tensors({k: v for k, v in state.items() if k != "config"}) for state in (a, b))
     assert a.keys() == b.keys() and len(a) > 30
     return all(torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)
 
@@ -225,25 +225,16 @@ def test_decoder_paints_from_the_draw_and_decode_too():
     torch.testing.assert_close(mean[3], model.pixel_decoder(u))
 
 
-def test_a_window_paints_what_stands_there():
-    """Convolutions alone would agree inside; norms and attention look further, so compare places."""
-    model, z = autoencoder(True), torch.randn(1, 1, 6, 6, 48)
-    model.pixel_decoder.forward = lambda u: u.repeat_interleave(2, -3).repeat_interleave(2, -2)
-    eps = torch.randn(1, 1, 6, 6, 6)
-    whole, part = model(z, eps), model(z, eps, (slice(1, 4), slice(2, 5)))
-    assert torch.equal(part[3], whole[3][..., 2:8, 4:10, :])
-    assert torch.equal(part[0], whole[0])
-
-
 def test_windows_cut_the_same_place_from_frames_and_grid_and_reach_everywhere():
-    frames, seen = torch.arange(12 * 12).view(1, 1, 12, 12, 1).expand(1, 1, 12, 12, 3), set()
+    z = torch.arange(36).view(1, 1, 6, 6, 1)
+    frames, seen = z.repeat_interleave(2, 2).repeat_interleave(2, 3).expand(1, 1, 12, 12, 3), set()
     for seed in range(60):
-        part, (rows, columns) = train_adapter.cut(frames, (6, 6), 4, seed)
-        assert part.shape == (1, 1, 8, 8, 3)
-        assert part[0, 0, 0, 0, 0] == 12 * 2 * rows.start + 2 * columns.start
-        seen.add((rows.start, columns.start))
+        part, seen_part = train_adapter.cut(z, frames, 4, seed)
+        assert part.shape == (1, 1, 4, 4, 1) and seen_part.shape == (1, 1, 8, 8, 3)
+        assert torch.equal(seen_part[..., ::2, ::2, :1], part)
+        seen.add(part[0, 0, 0, 0, 0].item())
     assert len(seen) == 9
-    assert torch.equal(train_adapter.cut(frames, (6, 6), 8, 0)[0], frames)
+    assert torch.equal(train_adapter.cut(z, None, 8, 0)[0], z)
 
 
 def test_critic_has_the_published_size_and_judges_patches():
@@ -277,10 +268,11 @@ def test_balance_makes_both_losses_pull_equally():
 def test_pca_finds_the_plane_in_which_features_lie():
     basis = torch.linalg.qr(torch.randn(10, 2))[0]
     clips = [(3 + torch.randn(2, 1, 4, 4, 2) @ basis.T, None) for _ in range(3)]
-    mean, found = train_adapter.fit_pca(clips, 2, None)
+    mean, axes, variances = train_adapter.fit_pca(clips, None)
+    found = axes[:, :2]
     x = clips[0][0]
     torch.testing.assert_close(mean + (x - mean) @ found @ found.T, x, atol=1e-4, rtol=0)
-    assert found.shape == (10, 2)
+    assert (variances[:2] > 0.5).all() and (variances[2:] < 1e-4).all()
 
 
 def test_missing_lpips_weights_fail_with_path_and_address(tmp_path, monkeypatch):
@@ -439,7 +431,9 @@ def test_resuming_lists_changed_flags_and_refuses_what_must_not_change(train, ca
         "--bf16 true",
         "--adapter_type mlp",
         "--decoder_attention 32",
-        "--decoder_crop 4",
+        "--crop 4",
+        "--decoder_groups 8",
+        "--adapter_pca true",
         "--stride 2",
     ],
 )
@@ -525,98 +519,80 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_a_warning(train, monkeypatch,
     monkeypatch.setattr(torch, "save", full)
     folder = train("run", "--save_every", "3", "--max_steps", "6")
     assert "could not be saved" in capsys.readouterr().out
-    assert load_torch(folder / "previous.pt")["step"] == 3
+    assert load_torch(folder / "last.pt")["step"] == 3
 
 
-def launch(folder, tiny, *flags, world=1, resume=False):
-    """Start the script as one or several gloo processes: [Popen, ...]."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    words = ["--resume", str(folder)] if resume else [*TINY, "--dataset_dir", str(tiny)]
-    words += [] if resume else ["--output_dir", str(folder)]
-    command = [sys.executable, str(ROOT / "train_adapter.py"), *words, *flags]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment |= {"WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-        )
-        for rank in range(world)
-    ]
-
-
-def finish(processes):
-    texts = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), texts
-    return texts
+def launch(folder, tiny, log, *flags, world=1):
+    words = [*TINY, "--dataset_dir", tiny, "--output_dir", folder, *flags]
+    return start("train_adapter", words, log, world)
 
 
 def test_two_processes_with_half_the_batch_equal_one(tiny, tmp_path):
     """Adapter, decoder, accumulation and posterior draws; sums differ in their order only."""
     flags = ["--num_epochs", "20", "--max_steps", "20", "--lr", "3e-4", "--stage", "psvae"]
-    flags += ["--decoder_crop", "4"]
-    one = launch(tmp_path / "one", tiny, *flags, "--batch_size", "8")
-    two = launch(tmp_path / "two", tiny, *flags, "--batch_size", "2", "--grad_accum", "2", world=2)
-    finish(one), finish(two)
+    flags += ["--crop", "4"]
+    half, texts = [*flags, "--batch_size", "2", "--grad_accum", "2"], [tmp_path / n for n in "ab"]
+    one = launch(tmp_path / "one", tiny, texts[0], *flags, "--batch_size", "8")
+    two = launch(tmp_path / "two", tiny, texts[1], *half, world=2)
+    finish(one, texts[0]), finish(two, texts[1])
     logs = [[float(r["loss"]) for r in rows(tmp_path / n) if r["loss"]] for n in ("one", "two")]
     assert len(logs[0]) == 20
     np.testing.assert_allclose(*logs, rtol=1e-5)
     states = [load_torch(tmp_path / n / "last.pt")["model"] for n in ("one", "two")]
     for name in states[0]:
         # Biases before a norm and of attention keys have no gradient but rounding, which AdamW
-        # scales up to the learning rate; they change nothing.
+        # scales up to the learning rate; they change nothing. The others moved by up to 6e-3.
         if not re.search(r"(conv\d?|k|key)\.bias$", name):
-            torch.testing.assert_close(states[0][name], states[1][name], atol=1e-5, rtol=0)
+            torch.testing.assert_close(states[0][name], states[1][name], atol=5e-5, rtol=0)
     scores = [[r for r in rows(tmp_path / n) if r["val_mse"]][-1] for n in ("one", "two")]
     assert float(scores[0]["val_psnr"]) == pytest.approx(float(scores[1]["val_psnr"]), abs=1e-2)
 
 
 def test_a_terminated_run_saves_and_says_how_to_go_on(tiny, tmp_path):
-    folder, straight = tmp_path / "run", tmp_path / "straight"
-    (process,) = launch(folder, tiny, "--num_epochs", "40")
-    (other,) = launch(straight, tiny, "--num_epochs", "40")
-    while process.poll() is None and not ((folder / "log.csv").exists() and len(rows(folder)) > 3):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    (text,) = finish([process])
-    step = load_torch(folder / "last.pt")["step"]
-    assert 3 < step < 80 and f"train_adapter.py --resume {folder}" in text
-    finish(launch(folder, tiny, resume=True)), finish([other])
+    folder, straight, log = tmp_path / "run", tmp_path / "straight", tmp_path / "log"
+    other = launch(straight, tiny, tmp_path / "other", "--num_epochs", "40")
+    (process,) = launch(folder, tiny, log, "--num_epochs", "40")
+    while process.is_alive() and not ((folder / "log.csv").exists() and len(rows(folder)) > 3):
+        time.sleep(0.01)
+    process.terminate()
+    assert f"train_adapter.py --resume {folder}" in finish([process], log)
+    assert 3 < load_torch(folder / "last.pt")["step"] < 80
+    finish(start("train_adapter", ["--resume", folder], log), log)
+    finish(other, tmp_path / "other")
     assert same(folder, straight)
 
 
-def test_kill_9_loses_at_most_the_steps_since_the_last_save(tiny, tmp_path):
-    folder, straight = tmp_path / "run", tmp_path / "straight"
-    flags, rng = ["--num_epochs", "40", "--save_every", "2"], np.random.default_rng(0)
-    (other,) = launch(straight, tiny, *flags)
-    for attempt in range(3):
-        (process,) = launch(folder, tiny, *flags, resume=attempt > 0)
-        steps, wanted = 0, int(rng.integers(3, 20)) + 20 * attempt
-        while process.poll() is None and steps < wanted:
-            time.sleep(float(rng.random()) * 0.05)
-            steps = len(rows(folder)) if (folder / "log.csv").exists() else 0
+def test_kill_9_at_ten_random_moments_loses_nothing(tiny, tmp_path):
+    folder, straight, log = tmp_path / "run", tmp_path / "straight", tmp_path / "log"
+    flags, rng = ["--num_epochs", "20", "--save_every", "2"], random.Random(0)
+    other, wanted = launch(straight, tiny, tmp_path / "other", *flags), 0
+    for _ in range(10):
+        begun = (folder / "last.pt").exists() or (folder / "previous.pt").exists()
+        resume = ("train_adapter", ["--resume", folder], log)
+        (process,) = start(*resume) if begun else launch(folder, tiny, log, *flags)
+        wanted += rng.randrange(5)  # sometimes before the first step
+        while process.is_alive():
+            if (folder / "log.csv").exists() and len(rows(folder)) >= min(wanted, 35):
+                break
+            time.sleep(0.005)
+        time.sleep(0.03 * rng.random())
         process.kill()
-        process.wait()
-        assert (folder / "last.pt").exists() or (folder / "previous.pt").exists()
-    finish(launch(folder, tiny, resume=True)), finish([other])
+        process.join()
+    finish(start("train_adapter", ["--resume", folder], log), log)
+    finish(other, tmp_path / "other")
     assert same(folder, straight)
 
 
 def test_missing_data_is_one_sentence_and_exit_code_2(tmp_path):
-    (process,) = launch(tmp_path / "run", tmp_path / "nowhere")
-    text = process.communicate(timeout=120)[0]
-    assert process.returncode == 2 and "nowhere" in text and "Traceback" not in text
+    (process,) = launch(tmp_path / "run", tmp_path / "nowhere", tmp_path / "log")
+    process.join(timeout=120)
+    text = (tmp_path / "log").read_text()
+    assert process.exitcode == 2 and "nowhere" in text and "Traceback" not in text
 
 
-def test_stored_flags_are_found_in_both_spellings(train):
+def test_stored_flags_are_found_in_both_spellings(train, monkeypatch):
     folder = train("run", "--max_steps", "1")
     for words in (["--resume", str(folder)], [f"--resume={folder}"]):
-        args = train_adapter.stored_args(["train_adapter.py", *words])
-        assert args.adapter == ADAPTER and args.max_steps == 1 and args.resume is None
-    assert train_adapter.stored_args(["train_adapter.py", "toy"]) is None
+        monkeypatch.setattr(sys, "argv", ["train_adapter.py", *words])
+        args, changes = train_adapter.read_args()
+        assert args.adapter == ADAPTER and args.max_steps == 1 and not changes

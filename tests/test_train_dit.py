@@ -404,7 +404,6 @@ def watch_memory(module):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_memory_does_not_grow(episodes, tmp_path):
-    """2,000 steps of the toy command, measured by hand, grow by less than 1 %."""
     flags = "--max_steps 201 --batch_size 2 --num_frames 2 --val_every 1000 --log_every 10".split()
     log = tmp_path / "log"
     text = finish(
@@ -470,3 +469,16 @@ def test_bad_input_is_one_sentence_and_exit_code_2(episodes, tmp_path, words, co
     error = capsys.readouterr().err
     assert complaint in error and "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_reads_nothing_and_scales_with_gpus_and_cache(capsys):
+    def hours(*flags, **fields) -> float:
+        train_dit.dry_run(train_dit.Args(encoder_type="vae", dit_size="T", **fields), *flags)
+        shown = capsys.readouterr().out
+        assert f"{parameters / 1e6:.1f} M parameters" in shown
+        return float(shown.split("\nA100")[1].split()[1])
+
+    model = train_dit.DiT(train_dit.DiTConfig(16, 2, **train_dit.DIT_SIZES["T"]))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert hours(1) == pytest.approx(4 * hours(4), rel=0.05)
+    assert hours(1, cache_latents=True) < 0.5 * hours(1)  # most of it is the encoder's
