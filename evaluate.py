@@ -5,17 +5,10 @@
     torchrun --nproc_per_node=4 evaluate.py --checkpoint_path F --dataset_dir ./data
     python evaluate.py --compare outputs/a outputs/b
 
-    real clip --encode--> context --rollout(actions)--> dreamed z --decode--> dreamed frames
-                                          |                                        |
-          control: searched actions, inverse dynamics                   pixels: PSNR ... FVD, PCK
-          semantics: success probes, a policy inside the dream
-
 Every number stands beside what it must be read against: the encode-decode ceiling, the last known
-frame repeated, the same model with another clip's actions, a search without signal, real features.
-Protocols: arXiv 2605.06388, sec. 4 and app. B. torchrun splits the clips over its processes; a
-clip's noise depends on the clip alone, so any number of processes gives the same numbers.
-
-Shapes: B clips, V views, T frames, H W pixels, h w latent grid, C channels, N points or samples.
+frame repeated, another clip's actions, a search without signal, real features. Protocols: arXiv
+2605.06388, sec. 4, app. B. A clip's noise depends on the clip alone: any number of processes gives
+the same numbers. Shapes: B clips, V views, T frames, H W pixels, h w latent grid, C channels.
 """
 
 from __future__ import annotations
@@ -27,11 +20,10 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import pydoc
 import re
-import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +44,17 @@ from encoders import EncoderConfig
 from world_model import PLANNERS, SEARCHED, WorldModel, build_latent_space, candidate_cost
 
 DISTANCES = ("fid", "fid_tv", "fvd", "fvd_r3d")
-PIXELS = ("psnr", "ssim", "ssim_y", "lpips", "t_lpips", *DISTANCES, "pck", "pck_patch")
-METRICS = (*PIXELS, "controllability", "idm", "probe", "policy")
-KINDS = ("model", "ceiling", "copy", "shuffled")  # what every pixel metric is measured on
+PIXELS = ("psnr", "ssim", "lpips", "t_lpips", *DISTANCES, "pck", "pck_patch")
+SIMULATED = ("counterfactual", "objects", "goal")  # need episodes of the toy world
+METRICS = (*PIXELS, "controllability", "idm", "probe", "policy", *SIMULATED)
+KINDS = ("model", "ceiling", "copy", "shuffled")  # what pixel metrics are measured on
+LOWER = r"(t_)?lpips|f[iv]d|(cem|gradient|grid)_k|counterfactual_error|objects_(gripper|blocks)"
+AXES = {  # rows that --compare sets side by side
+    "Pixels": r"psnr|ssim|(t_)?lpips|f[iv]d\w*|pck(_patch)?@10",
+    "Control": r"(cem|gradient|grid|idm_r|goal)_k\d+(_zero)?(_xyz)?",
+    "Semantics": r"probe_\w+_balanced_accuracy|success_rate",
+    "Simulator": r"(counterfactual|objects)_\w+",
+}
 TORCH, HUB = "https://download.pytorch.org/models/", "https://huggingface.co/"
 FID_RELEASE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 WEIGHTS = {  # metric: where its weights can be fetched; a file keeps its name
@@ -75,16 +75,9 @@ PRESETS = {  # released models DiT-{S,B,L}_NAME: encoder, hub folder
     **{f"WEBSSL_{space}": ("scale_rae_webssl", "webssl") for space in ("WIDE", "D96")},
     **{f"SIGLIP2_{space}": ("scale_rae_siglip", "siglip") for space in ("WIDE", "D96")},
 }
-PCK_PIXELS = (5, 10, 20, 40)  # thresholds in pixels of a 256-pixel frame
-MOVING_PIXELS = 5  # a point that the real video moves further than this counts as moving
-LUMA = (0.299, 0.587, 0.114)  # Rec. 601
-PROBES = {"linear": 0, "temporal": 1, "spatiotemporal": 2, "progress": 1, "text": 6}  # depth
-PROBE_FRAMES, PROBE_EPOCHS = 8, 50
-AXES = {  # what --compare sets side by side
-    "Pixels": r"psnr|ssim|ssim_y|lpips|t_lpips|fid|fid_tv|fvd|fvd_r3d|pck@10|pck_patch@10",
-    "Control": r"(cem|gradient|grid|idm_r)_k\d+(_zero)?",
-    "Semantics": r"probe_\w+_balanced_accuracy|success_rate",
-}
+RELEASED = {"image_size": 256, "stride": 2, "num_history": 2, "action_merge": "drop", "fps": 5}
+RELEASED["action_mapping"] = "bridge"
+PROBES = {"linear": 0, "temporal": 1, "spatiotemporal": 2, "progress": 1, "text": 6, "idm": 6}
 
 
 @dataclass
@@ -92,6 +85,7 @@ class Args:
     # -- what
     checkpoint_path: str | None = None  # world_model.safetensors of a run, or a preset's .pt
     model_preset: str | None = None  # a released model, DiT-{S,B,L}_{VAE,WEBSSL_D96,...}
+    objective: Literal["flow_matching", "ddpm"] = "flow_matching"  # of a released model
     metrics: str = "psnr,ssim,lpips,pck_patch,controllability"  # comma-separated
     compare: tuple[str, ...] = ()  # instead, set the results in these run folders side by side
     # -- data; frame size, stride, cameras and action units are the checkpoint's
@@ -99,34 +93,23 @@ class Args:
     subset_names: str = "bridge_v2"  # data sets, comma-separated
     split: str = "test"  # episodes to measure on; probes learn from `train`
     num_episodes: int = 1000  # one clip each
-    num_context: int = 2  # given frames
-    num_frames: int = 8  # predicted frames
-    # -- sampler
-    objective: Literal["flow_matching", "ddpm"] = "flow_matching"  # of a released model
-    steps: int | None = None  # denoising steps (default: the model's, 10)
-    guidance: float = 1.0  # 1: no guidance
-    context: Literal["exact", "rolling"] = "exact"  # of rollouts longer than the window
+    num_context: int | None = None  # given frames (default: as in training)
+    num_frames: int | None = None  # predicted frames (default: what the model's window has left)
     # -- files; a metric whose file is missing is null, with the reason
     weights_dir: str = "./weights"  # folder of the metrics' networks and of released models
     encoder_weights: str | None = None  # public encoder, if not where training found it
-    decoder_weights: str | None = None  # its decoder
     i3d_path: str | None = None  # TorchScript I3D for `fvd`; runs the code in the file
     cotracker: str | None = None  # clone of co-tracker, or 'hub', for `pck`; runs its code
     text_weights: str | None = None  # SigLIP 2 folder for the text-conditioned probe
     strict: bool = False  # stop when a metric cannot be computed
-    # -- control
+    # -- control, on `windows` clips
     horizons: str = "1,4"  # k: actions searched, or inferred from k + 1 frames
     searches: str = "cem"  # of cem, gradient, grid
     windows: int = 100  # clips to search in
-    population: int = 400  # CEM: candidates an iteration
-    elites: int = 50  # CEM: best candidates kept
-    iterations: int = 5  # CEM
-    # -- probes
+    population: int = 400  # CEM: candidates an iteration, of 5; the best eighth is kept
+    # -- probes and policy
     max_steps: int = 2000  # training steps of each probe, at most
-    probe_width: int = 512  # of the inverse-dynamics probe; success probes: three quarters of it
-    probe_episodes: int = 2000  # labelled training episodes, at most
-    probe_sampling: Literal["uniform", "fps_1", "bookend", "final_heavy"] = "uniform"  # 8 frames
-    # -- policy
+    probe_width: int = 512  # of the inverse-dynamics probe, in 32s; success probes: 3/4 of it
     policy: str | None = None  # module:function (frames (B, H, W, 3), sentence) -> actions (B, A)
     policy_starts: int = 20  # episodes whose first frames are started from
     policy_trials: int = 8  # dreams a start
@@ -134,7 +117,6 @@ class Args:
     # -- run
     output_dir: str | None = None  # default: the checkpoint's folder; --compare: outputs/compare
     batch_size: int = 8  # clips at once
-    num_workers: int = 4  # loader processes
     seed: int = 0  # of noise, searches and probes
     device: str | None = None  # default: cuda when there, else cpu
 
@@ -142,20 +124,17 @@ class Args:
         for name, known in (("metrics", METRICS), ("searches", PLANNERS)):
             if unknown := {*getattr(self, name).split(",")} - {*known}:
                 raise ValueError(f"{name}: no {sorted(unknown)}; choose among {', '.join(known)}")
-        if not all(k.isdigit() and 0 < int(k) <= self.num_frames for k in self.horizons.split(",")):
-            raise ValueError(f"horizons {self.horizons!r}: give numbers from 1 to num_frames: 1,4")
-        if self.num_episodes < 2 or not 2 <= self.elites <= self.population:
-            raise ValueError("need num_episodes >= 2 (for intervals) and 2 <= elites <= population")
-        if self.probe_width % 32:
-            raise ValueError("probe_width must be a multiple of 32: eight heads share it")
-        counts = "num_context batch_size windows iterations max_steps policy_trials policy_starts"
-        if small := [name for name in counts.split() if getattr(self, name) < 1]:
-            raise ValueError(f"{', '.join(small)} must be at least 1")
+        if not all(k.isdigit() and int(k) > 0 for k in self.horizons.split(",")):
+            raise ValueError(f"horizons {self.horizons!r}: give numbers from 1 on, such as 1,4")
+        least = {"num_episodes": 2, "windows": 2, "population": 16, "batch_size": 1, "max_steps": 1}
+        least |= {"policy_starts": 2, "policy_trials": 1, "policy_steps": 8, "probe_width": 32}
+        if small := [f"{name} >= {n}" for name, n in least.items() if getattr(self, name) < n]:
+            raise ValueError(f"need {', '.join(small)}")
 
 
-TOY = Args(subset_names="toy", num_episodes=64, num_frames=4, windows=16, num_workers=0)
-TOY.metrics = "psnr,ssim,pck_patch,controllability,idm,probe"
-TOY.population, TOY.elites, TOY.max_steps, TOY.probe_width = 64, 8, 500, 128
+TOY = Args(subset_names="toy", num_episodes=64, windows=16, population=64)
+TOY.metrics = "psnr,ssim,pck_patch,controllability,idm,probe," + ",".join(SIMULATED)
+TOY.max_steps, TOY.probe_width = 300, 64
 
 
 class Unavailable(InputError):
@@ -170,97 +149,72 @@ class Unavailable(InputError):
 # Statistics: every value with the interval that its clips allow.
 
 
-def action_moments(predicted: Tensor, true: Tensor) -> Tensor:
-    """Sum what correlations need over each clip's windows: (N, n, D) twice -> (N, D, 6)."""
-    x, y = predicted.double(), true.double()
-    return torch.stack([s.sum(1) for s in (torch.ones_like(x), x, y, x * x, y * y, x * y)], -1)
+def correlation(samples: np.ndarray) -> np.ndarray:
+    """Pearson r and R^2 = 1 - sum (x - y)^2 / sum (y - mean y)^2 of each dimension: (2, D).
 
-
-def pearson_per_dim(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Correlation r and determination R^2 of each dimension; NaN where the truth is constant.
-
-    moments  (N, D, 6)    per clip: count, sums of x, y, xx, yy, xy; x predicts y
-    ->       (D,), (D,)   r, and 1 - sum (x - y)^2 / sum (y - mean y)^2
+    samples  (N, n, 2, D)   n windows a clip: x read, y true; NaN where all y are equal
     """
-    n, x, y, xx, yy, xy = np.moveaxis(moments.sum(0), -1, 0)
-    spread_x, spread_y = xx - x * x / n, yy - y * y / n
-    spread_y = np.where(spread_y > 1e-6 * yy, spread_y, np.nan)
-    r = (xy - x * y / n) / np.sqrt(np.maximum(spread_x, 1e-12 * xx + 1e-30) * spread_y)
-    return r, 1 - (xx + yy - 2 * xy) / spread_y
+    x, y = np.moveaxis(samples, 2, 0).reshape(2, -1, samples.shape[-1])
+    dx, dy = x - x.mean(0), y - y.mean(0)
+    spread = np.where(np.ptp(y, 0) > 1e-6, (dy * dy).sum(0), np.nan)
+    r = (dx * dy).sum(0) / np.sqrt(np.maximum((dx * dx).sum(0), 1e-12) * spread)
+    return np.stack([r, 1 - ((x - y) ** 2).sum(0) / spread])
 
 
 def balanced_accuracy(samples: np.ndarray) -> float:
-    """Mean recall of the two classes; samples (N, 3): label, score, threshold."""
-    label, called = samples[:, 0] > 0.5, samples[:, 1] > samples[:, 2]
+    """Mean recall of the two classes; samples (N, 2): label, score above zero for a success."""
+    label, called = samples[:, 0] > 0.5, samples[:, 1] > 0
     return (called[label].mean() + (~called[~label]).mean()) / 2
 
 
 def auc(samples: np.ndarray) -> float:
     """How often a success outscores a failure, ties counting half: the area under the ROC."""
-    from scipy.stats import rankdata
-
-    label = samples[:, 0] > 0.5
-    if label.all() or not label.any():
-        return math.nan
-    wins = rankdata(samples[:, 1])[label] - rankdata(samples[label, 1])
-    return wins.mean() / (~label).sum()
+    label, score = samples[:, 0] > 0.5, samples[:, 1]
+    return (np.sign(score[label, None] - score[~label]) / 2 + 0.5).mean()
 
 
 STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
     "mean": lambda s: s.mean(),
-    "pearson": lambda s: np.nanmean(pearson_per_dim(s)[0]),
-    "accuracy": lambda s: ((s[:, 1] > s[:, 2]) == (s[:, 0] > 0.5)).mean(),
+    "share": lambda s: np.nanmean(s),  # of hits (1) among trials, several a clip
+    "l2": lambda s: np.linalg.norm(s, axis=-1).mean(),
+    "pearson": lambda s: np.nanmean(correlation(s)[0]),
+    "accuracy": lambda s: ((s[:, 1] > 0) == (s[:, 0] > 0.5)).mean(),
     "balanced_accuracy": balanced_accuracy,
     "auc": auc,
 }
 
 
 def bootstrap(samples, statistic: str = "mean", minus=None) -> tuple[float, list | None, int]:
-    """Return a statistic of the clips and its 95 % percentile interval over 1000 resamplings.
+    """Give a statistic of the clips, its 95 % percentile interval over 1000 resamplings, and N.
 
-    samples  (N, ...)   one entry a clip: clips are independent, their frames are not
+    samples  (N, ...)   one entry a clip; of means, clips without a value do not count
     minus    (N, ...)   the same clips of another model: the paired difference is returned
-    ->       value, [low, high] or None, clips that have a value (of means, others do not count)
     """
     pair = [np.asarray(s, dtype=np.float64) for s in (samples, minus) if s is not None]
-    assert len({len(s) for s in pair}) == 1, "paired samples must be of the same clips"
-    if statistic == "mean":
-        valid = np.isfinite(sum(pair))
-        pair = [s[valid] for s in pair]
-    size, random = len(pair[0]), np.random.default_rng(0)
+    valid = np.isfinite(sum(pair)) if statistic == "mean" else np.ones(len(pair[0]), bool)
+    pair, size, random = [s[valid] for s in pair], int(valid.sum()), np.random.default_rng(0)
 
     def value(index) -> float:
-        with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # no class, no spread: NaN
-            first, *other = (STATISTICS[statistic](s[index]) for s in pair)
-        return float(first - other[0] if other else first)
+        first, *other = (STATISTICS[statistic](s[index]) for s in pair)
+        return float(first - sum(other))
 
-    if size == 0 or math.isnan(point := value(slice(None))):
-        return math.nan, None, size
-    draws = [value(random.integers(size, size=size)) for _ in range(1000 * (size > 1))]
-    draws = [draw for draw in draws if not math.isnan(draw)]
-    return point, np.percentile(draws, [2.5, 97.5]).tolist() if draws else None, size
-
-
-def measure(samples, better: str, statistic: str = "mean", **extra) -> dict:
-    """Make a row of results: value, interval, count, and the samples for paired comparisons."""
-    value, interval, n = bootstrap(samples, statistic)
-    row = {"value": value, "ci": interval, "n": n, "better": better, "statistic": statistic}
-    return row | extra | {"samples": samples}
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # no class, no spread: NaN
+        if not size or math.isnan(point := value(slice(None))):
+            return math.nan, None, size
+        draws = [value(random.integers(size, size=size)) for _ in range(1000)]
+    return point, np.nanpercentile(draws, [2.5, 97.5]).tolist() if size > 1 else None, size
 
 
 def borda(values: np.ndarray, higher: Sequence[bool]) -> np.ndarray:
-    """Sum each run's ranks over the metrics; 1 is best, equal values share the mean rank.
-
-    values  (runs, metrics)   higher  (metrics,) whether more is better   ->  (runs,)
-    """
+    """Sum the ranks of each run (runs, metrics); 1 is best, equal values share the mean rank."""
     from scipy.stats import rankdata
 
     return rankdata(np.asarray(values) * np.where(higher, -1.0, 1.0), axis=0).sum(1)
 
 
 # ------------------------------------------------------------------------------------------------
-# Pixel metrics: frames (N, H, W, 3) twice -> (N,).
+# Pixel metrics: frames (N, H, W, 3) twice -> (N,). Frechet distances: features (N, D).
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -281,39 +235,23 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     return ratio.mean((1, 2, 3))
 
 
-def ssim_y(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM of the Rec. 601 luminance (the paper's text; its code, like `ssim`, takes RGB)."""
-    luma = torch.tensor(LUMA, dtype=torch.float64, device=x.device)
-    return ssim((x.double() @ luma).unsqueeze(-1), (y.double() @ luma).unsqueeze(-1))
+def gram(features: Tensor) -> Tensor:
+    """Sum (1, x) (1, x)^T over features in float64: all of them that a distance needs."""
+    x = F.pad(features.to("cpu", torch.float64), (1, 0), value=1)
+    return x.T @ x
 
 
-class FrechetSums:
-    """Accumulate count, sum and outer products of features in float64; features are not kept."""
-
-    def __init__(self, dim: int):
-        self.parts = [torch.zeros(shape, dtype=torch.float64) for shape in ((1,), dim, (dim, dim))]
-
-    def add(self, features: Tensor) -> None:
-        x = features.to("cpu", torch.float64)
-        self.merge([x.new_tensor([len(x)]), x.sum(0), x.T @ x])
-
-    def merge(self, parts: list[Tensor]) -> None:
-        for own, new in zip(self.parts, parts, strict=True):
-            own += new
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Return mean (D,) and unbiased covariance (D, D)."""
-        count, total, outer = self.parts
-        return total / count, (outer - torch.outer(total, total) / count) / (count - 1)
+def moments(total: Tensor) -> tuple[Tensor, Tensor]:
+    """Give mean (D,) and unbiased covariance (D, D) from a sum of `gram`s."""
+    n, mean = total[0, 0], total[0, 1:] / total[0, 0]
+    return mean, (total[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
-    """Distance between two Gaussians, without complex numbers.
-
-    |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)                [Heusel et al. 2017, eq. 6]
+    """Give |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)        [Heusel et al. 2017, eq. 6].
 
     With S = R R^T from a symmetric eigen-decomposition, the last trace is the nuclear norm of
-    R1^T R2: exact for singular S too, where the matrix square root of S1 S2 breaks down.
+    R1^T R2: real, and exact for singular S, where the square root of S1 S2 breaks down.
     """
 
     def root(cov: Tensor) -> Tensor:
@@ -323,23 +261,26 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 
     cross = torch.linalg.svdvals(root(cov1).T @ root(cov2)).sum()
     gap = (mean1.double() - mean2.double()).square().sum()
-    return max(0.0, float(gap + cov1.diagonal().sum() + cov2.diagonal().sum() - 2 * cross))
+    return max(0.0, float(gap + cov1.trace() + cov2.trace() - 2 * cross))
 
 
 # ------------------------------------------------------------------------------------------------
 # Published networks, each read from a local file; frames and clips are channels-last in [0, 1].
 
 
-def load_network(net: nn.Module, metric: str, folder: str | Path, device) -> nn.Module:
-    """Load a metric's network strictly, from `folder` or torch.hub's cache; or raise Unavailable.
+def load_network(metric: str, kind: str, folder: str | Path, device, **options) -> nn.Module:
+    """Build a torchvision model, load it strictly from `folder` or torch.hub's cache.
 
-    Only batch counters, which old files lack, may be absent.
+    Only batch counters, which old files lack, may be absent. Raises Unavailable without the file.
     """
+    import torchvision
+
     name = Path(WEIGHTS[metric]).name
     places = [Path(folder) / name, Path(torch.hub.get_dir()) / "checkpoints" / name]
     path = next((p for p in places if p.is_file()), None)
     if path is None:
         raise Unavailable(f"{metric} needs {name}, which is not here", WEIGHTS[metric], places[0])
+    net = torchvision.models.get_model(kind, weights=None, **options)
     counters = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}
     data.load_strictly(net, counters | data.load_torch(path), str(path))
     return net.eval().requires_grad_(False).to(device)
@@ -348,24 +289,37 @@ def load_network(net: nn.Module, metric: str, folder: str | Path, device) -> nn.
 def load_lpips(folder: str | Path, device) -> Callable[[Tensor, Tensor], Tensor]:
     """Build LPIPS (AlexNet) of the lpips package from a local trunk: frames twice -> (N,)."""
     import lpips
-    from torchvision.models import alexnet
 
-    trunk = load_network(alexnet(), "lpips", folder, device)
+    trunk = load_network("lpips", "alexnet", folder, device).features
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision the old way
         model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)  # its heads ship with it
     for part in model.net.children():
         for layer in list(part._modules):  # numbered as in the trunk
-            setattr(part, layer, trunk.features[int(layer)])
+            setattr(part, layer, trunk[int(layer)])
     model = model.to(device).eval().requires_grad_(False)
     return lambda x, y: model(x.movedim(-1, 1), y.movedim(-1, 1), normalize=True).flatten()
 
 
-def feed_pool(block: nn.Module, pool: Callable[[Tensor], Tensor]) -> None:
-    """Give `block.branch_pool` the input `pool(x)` in place of torchvision's zero-padded average."""
-    pooled = []
-    block.register_forward_pre_hook(lambda _, args: pooled.append(pool(args[0])))
-    block.branch_pool.register_forward_pre_hook(lambda _, args: (pooled.pop(),))
+def load_t_lpips(folder: str | Path, device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Build t-LPIPS: real and generated clips (B, T, H, W, 3) -> (B, T - 1).
+
+    |LPIPS(x_t, W x_{t+1}) - LPIPS(y_t, W y_{t+1})|, W warping by the real video's flow (RAFT)
+    """
+    net, lpips = load_network("t_lpips", "raft_large", folder, device), load_lpips(folder, device)
+
+    def compare(real: Tensor, video: Tensor) -> Tensor:
+        (B, T, H, W, _), device = real.shape, real.device
+        pairs = [(x[:, :-1].flatten(0, 1), x[:, 1:].flatten(0, 1)) for x in (real, video)]
+        flow = net(*(2 * x.movedim(-1, 1) - 1 for x in pairs[0]))[-1].movedim(1, -1)
+        size = torch.tensor([W, H], device=device)  # pixel p comes from p + flow
+        pixel = torch.stack(torch.meshgrid(*map(torch.arange, (W, H)), indexing="xy"), -1)
+        grid = 2 * (pixel.to(device) + flow) / (size - 1) - 1
+        warp = functools.partial(F.grid_sample, padding_mode="border", align_corners=True)
+        pairs = [(now, warp(after.movedim(-1, 1), grid).movedim(1, -1)) for now, after in pairs]
+        return (lpips(*pairs[0]) - lpips(*pairs[1])).abs().view(B, T - 1)
+
+    return compare
 
 
 def load_inception(metric: str, folder: str | Path, device) -> Callable[[Tensor], Tensor]:
@@ -375,17 +329,16 @@ def load_inception(metric: str, folder: str | Path, device) -> Callable[[Tensor]
     that do not count padding, a max pool in the last block. `fid_tv`: torchvision's Inception,
     as the paper's code. Both see bilinear 299 x 299 (without antialiasing) and 2 x - 1.
     """
-    from torchvision.models import inception_v3
-
     fid = metric == "fid"
-    net = inception_v3(num_classes=1008 if fid else 1000, aux_logits=not fid, init_weights=False)
-    net = load_network(net, metric, folder, device)
-    if fid:
-        average = {"kernel_size": 3, "stride": 1, "padding": 1, "count_include_pad": False}
-        for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-            feed_pool(getattr(net, f"Mixed_{name}"), lambda x: F.avg_pool2d(x, **average))
-        feed_pool(net.Mixed_7c, lambda x: F.max_pool2d(x, 3, 1, 1))
-    net.fc = nn.Identity()
+    options = {"num_classes": 1008 if fid else 1000, "aux_logits": not fid, "init_weights": False}
+    net = load_network(metric, "inception_v3", folder, device, **options)
+    net.fc, pools = nn.Identity(), {"7c": F.max_pool2d} if fid else {}
+    average = functools.partial(F.avg_pool2d, count_include_pad=False)
+    for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c") if fid else ():
+        block, pool = net.get_submodule(f"Mixed_{name}"), pools.get(name, average)
+        pool, pooled = functools.partial(pool, kernel_size=3, stride=1, padding=1), []
+        block.register_forward_pre_hook(lambda _, x, to=pooled, pool=pool: to.append(pool(x[0])))
+        block.branch_pool.register_forward_pre_hook(lambda _, x, of=pooled: (of.pop(),))
 
     def features(frames: Tensor) -> Tensor:
         x = F.interpolate(frames.movedim(-1, 1), (299, 299), mode="bilinear", align_corners=False)
@@ -394,70 +347,35 @@ def load_inception(metric: str, folder: str | Path, device) -> Callable[[Tensor]
     return features
 
 
-def pad_clip(clips: Tensor, frames: int = 16) -> Tensor:
-    """Repeat the last frame of clips (B, T, H, W, 3), context included, up to `frames` frames."""
-    missing = max(0, frames - clips.shape[1])
-    return torch.cat([clips, clips[:, -1:].expand(-1, missing, -1, -1, -1)], 1)
+def load_video(metric: str, i3d: str | None, folder: str | Path, device) -> Callable:
+    """Build an FVD network: clips (B, T, H, W, 3), the last frame repeated up to 16 -> features.
 
+    `fvd`: the field's I3D as TorchScript, whose code is run. `fvd_r3d`: the paper's, torchvision's
+    r3d_18 at 112 px with the mean and deviation of Kinetics-400.
+    """
+    if metric == "fvd_r3d":
+        net = load_network(metric, "r3d_18", folder, device)
+        net.fc = nn.Identity()
+        mean, std = torch.tensor([0.43216, 0.394666, 0.37645, 0.22803, 0.22145, 0.216989]).chunk(2)
+    elif not (i3d and Path(i3d).is_file()):
+        target = i3d or Path(folder) / Path(WEIGHTS["fvd"]).name
+        reason = "fvd needs the TorchScript I3D; name it with --i3d_path (its code is run)"
+        raise Unavailable(reason, WEIGHTS["fvd"], target)
+    else:
+        try:
+            net = torch.jit.load(i3d, map_location=device).eval()
+        except RuntimeError as error:
+            raise InputError(f"{i3d}: no TorchScript archive; fetch {WEIGHTS['fvd']}") from error
 
-def load_r3d(folder: str | Path, device) -> Callable[[Tensor], Tensor]:
-    """Build the paper's video network, torchvision's r3d_18 at 112 px: clips -> (B, 512)."""
-    from torchvision.models.video import r3d_18
-
-    net = load_network(r3d_18(), "fvd_r3d", folder, device)
-    net.fc = nn.Identity()
-    mean = torch.tensor([0.43216, 0.394666, 0.37645], device=device)  # Kinetics-400
-    std = torch.tensor([0.22803, 0.22145, 0.216989], device=device)
-
-    def features(clips: Tensor) -> Tensor:
-        x = pad_clip((clips - mean) / std).movedim(-1, 2)
-        x = F.interpolate(x.flatten(0, 1), (112, 112), mode="bilinear").unflatten(0, x.shape[:2])
-        return net(x.transpose(1, 2))
+    def features(x: Tensor) -> Tensor:
+        x = torch.cat([x, x[:, -1:].expand(-1, max(0, 16 - x.shape[1]), -1, -1, -1)], 1)
+        if metric == "fvd":
+            return net(x.movedim(-1, 1) * 255, rescale=True, resize=True, return_features=True)
+        y = ((x - mean.to(x)) / std.to(x)).movedim(-1, 2).flatten(0, 1)
+        y = F.interpolate(y, (112, 112), mode="bilinear").unflatten(0, x.shape[:2])
+        return net(y.transpose(1, 2))
 
     return features
-
-
-def load_i3d(path: str | None, folder: str | Path, device) -> Callable[[Tensor], Tensor]:
-    """Open the field's FVD network, a TorchScript I3D (runs its code): clips -> (B, 400)."""
-    if path is None or not Path(path).is_file():
-        there = f"{path} does not exist" if path else "name it with --i3d_path (its code is run)"
-        target = Path(path or Path(folder) / Path(WEIGHTS["fvd"]).name)
-        raise Unavailable(f"fvd needs the TorchScript I3D: {there}", WEIGHTS["fvd"], target)
-    try:
-        net = torch.jit.load(path, map_location=device).eval()
-    except RuntimeError as error:
-        raise InputError(f"{path}: no TorchScript archive; fetch {WEIGHTS['fvd']}") from error
-    options = {"rescale": True, "resize": True, "return_features": True}
-    return lambda clips: net(pad_clip(clips).movedim(-1, 1) * 255, **options)
-
-
-def warp(frames: Tensor, flow: Tensor) -> Tensor:
-    """Fetch each pixel p of frames (N, H, W, 3) from p + flow; flow (N, 2, H, W) in pixels."""
-    H, W = frames.shape[1:3]
-    y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
-    size = torch.tensor([W - 1, H - 1], device=flow.device)
-    grid = 2 * (torch.stack([x, y]).to(flow) + flow).movedim(1, -1) / size - 1
-    out = F.grid_sample(frames.movedim(-1, 1), grid, padding_mode="border", align_corners=True)
-    return out.movedim(1, -1)
-
-
-def load_t_lpips(folder: str | Path, device) -> Callable[[Tensor, Tensor], Tensor]:
-    """Build t-LPIPS: real and generated clips (B, T, H, W, 3) -> (B, T - 1).
-
-    |LPIPS(x_t, W x_{t+1}) - LPIPS(y_t, W y_{t+1})|, W warping by the real video's flow (RAFT)
-    """
-    from torchvision.models.optical_flow import raft_large
-
-    net = load_network(raft_large(), "t_lpips", folder, device)
-    lpips = load_lpips(folder, device)
-
-    def compare(real: Tensor, video: Tensor) -> Tensor:
-        pairs = [(x[:, :-1].flatten(0, 1), x[:, 1:].flatten(0, 1)) for x in (real, video)]
-        flow = net(*(2 * x.movedim(-1, 1) - 1 for x in pairs[0]))[-1]
-        change = [lpips(now, warp(after, flow)) for now, after in pairs]
-        return (change[0] - change[1]).abs().view(len(real), -1)
-
-    return compare
 
 
 # ------------------------------------------------------------------------------------------------
@@ -478,44 +396,40 @@ def track_patches(clips: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     was, plus 1e-3 (d / radius)^2, which keeps points on plain surfaces still. It is visible while
     the root mean squared error there is below 0.1.
     """
-    B, T, H, W, _ = clips.shape
+    (B, T, H, W, _), device = clips.shape, clips.device
     N, r, R = len(points), max(2, H // 64), max(2, H // 16)  # half patch, search radius
     p, s = 2 * r + 1, 2 * R + 1
     frames = F.pad(clips.flatten(0, 1).movedim(-1, 1), [R + r] * 4, mode="replicate")
     frames = frames.movedim(1, -1).unflatten(0, (B, T))
-    limit = torch.tensor([W - 1, H - 1], device=clips.device)
-    position = points.round().long().to(clips.device).clamp(min=0).minimum(limit).expand(B, N, 2)
-    reach = torch.arange(-R, R + 1, device=clips.device)
-    prior = 1e-3 * (reach[:, None] ** 2 + reach**2) / R**2
+    limit = torch.tensor([W - 1, H - 1], device=device)
+    position = points.round().long().to(device).clamp(min=0).minimum(limit).expand(B, N, 2)
+    away = torch.arange(-R, R + 1, device=device) ** 2
 
     def cut(t: int, half: int) -> Tensor:  # (B N, 3, side, side) around `position` on frame t
-        offset = torch.arange(-half, half + 1, device=clips.device) + R + r
-        rows, columns = position[..., 1:] + offset, position[..., :1] + offset
-        clip = torch.arange(B, device=clips.device)[:, None, None, None]
-        return frames[clip, t, rows[..., None], columns[..., None, :]].flatten(0, 1).movedim(-1, 1)
+        offset = torch.arange(-half, half + 1, device=device) + R + r
+        rows, columns = position[..., 1:, None] + offset[:, None], position[..., None, :1] + offset
+        clip = torch.arange(B, device=device)[:, None, None, None]
+        return frames[clip, t, rows, columns].flatten(0, 1).movedim(-1, 1)
 
-    patch = cut(0, r)
-    tracks, visible = [position], [torch.ones(B, N, dtype=torch.bool, device=clips.device)]
-    for t in range(1, T):
+    patch, tracks = cut(0, r), []
+    for t in range(T):
         window = cut(t, R + r)
         energy = F.avg_pool2d(window.square().mean(1, keepdim=True), p, 1)[:, 0]
         cross = F.conv2d(window.flatten(0, 1)[None], patch, groups=B * N)[0] / (3 * p * p)
         error = energy - 2 * cross + patch.square().mean((1, 2, 3))[:, None, None]
-        best = (error + prior).flatten(1).argmin(1)
-        visible.append((error.flatten(1).gather(1, best[:, None]) < 0.01).view(B, N))
-        step = torch.stack([best % s - R, best // s - R], -1).view(B, N, 2)
+        best = (error + 1e-3 * (away[:, None] + away) / R**2).flatten(1).argmin(1, keepdim=True)
+        step = torch.cat([best % s - R, best // s - R], -1).view(B, N, 2)
         position = (position + step).clamp(min=0).minimum(limit)
-        tracks.append(position)
-    return torch.stack(tracks, 1).float(), torch.stack(visible, 1)
+        tracks.append((position.float(), (error.flatten(1).gather(1, best) < 0.01).view(B, N)))
+    return tuple(torch.stack(x, 1) for x in zip(*tracks, strict=True))
 
 
 def load_cotracker(source: str | None, device) -> Callable[[Tensor, Tensor], tuple]:
     """Open CoTracker3 through torch.hub (runs its code): `source` is 'hub' or a local clone."""
-    url, local = WEIGHTS["pck"], source != "hub"
-    if source is None or (local and not (Path(source) / "hubconf.py").is_file()):
-        there = f"{source} has no hubconf.py" if source else "give --cotracker (its code is run)"
-        raise Unavailable(f"pck needs a clone of CoTracker: {there}", url, source or "co-tracker")
-    place = (source, "local") if local else ("facebookresearch/co-tracker", "github")
+    if source != "hub" and not (source and (Path(source) / "hubconf.py").is_file()):
+        reason = f"pck needs CoTracker: --cotracker {source} has no hubconf.py (its code is run)"
+        raise Unavailable(reason, WEIGHTS["pck"], source or "co-tracker")
+    place = ("facebookresearch/co-tracker", "github") if source == "hub" else (source, "local")
     try:
         net = torch.hub.load(place[0], "cotracker3_offline", source=place[1], trust_repo=True)
     except OSError as error:  # no network: its code or its weights cannot be fetched
@@ -533,11 +447,10 @@ def load_cotracker(source: str | None, device) -> Callable[[Tensor, Tensor], tup
 
 
 def pck(real: tuple, generated: tuple, scale: float) -> dict[str, Tensor]:
-    """Compare point tracks: percentage of correct keypoints and what it covers.
+    """Compare point tracks: percentage of correct keypoints and what it covers, each (B, T).
 
     real, generated  tracks (B, T, N, 2) in pixels, visibility (B, T, N)
     scale            256 / H: thresholds are pixels of a 256-pixel frame
-    ->               {"@5": (B, T), "_moving@5": ..., "_coverage": ..., "_coverage_generated": ...}
 
     PCK counts points visible in both videos, `moving` those of them that the real clip moves by
     more than 5 px; NaN where there are none. A model can hide its errors by losing points, so
@@ -547,10 +460,10 @@ def pck(real: tuple, generated: tuple, scale: float) -> dict[str, Tensor]:
     both, error = seen & seen_g, (track - track_g).norm(dim=-1) * scale
     travel = (track - track[:, :1]).norm(dim=-1).where(seen, 0).amax(1, keepdim=True) * scale
     out = {"_coverage": both.float().mean(-1), "_coverage_generated": seen_g.float().mean(-1)}
-    for prefix, counted in (("", both), ("_moving", both & (travel > MOVING_PIXELS))):
-        for pixels in PCK_PIXELS:
-            correct = ((error <= pixels) & counted).sum(-1)
-            out[f"{prefix}@{pixels}"] = correct / counted.sum(-1)  # 0 / 0 is NaN
+    counts = {"": both, "_moving": both & (travel > 5)}
+    for (prefix, counted), pixels in itertools.product(counts.items(), (5, 10, 20, 40)):
+        correct = ((error <= pixels) & counted).sum(-1)
+        out[f"{prefix}@{pixels}"] = correct / counted.sum(-1)  # 0 / 0 is NaN
     return out
 
 
@@ -558,142 +471,103 @@ def pck(real: tuple, generated: tuple, scale: float) -> dict[str, Tensor]:
 # Probes: small networks trained on real features, then applied, frozen, to generated ones.
 
 
-class InverseDynamics(nn.Module):
-    """Read the actions between frames off encoder features (app. B.6).
+class Probe(nn.Module):
+    """Read off features which actions lie between frames (app. B.6), or whether the task succeeded.
 
-    z   (B, k + 1, h, w, C)   features of consecutive frames
-    ->  (B, k, 7)             action[j] drives frame j to frame j + 1
+    z     (B, T, N, C)   features of N cells; linear, temporal and progress average them
+    text  (B, L, E)      the instruction's tokens from a frozen SigLIP 2, seen like further cells
+    ->    (B, T - 1, 7)  of `idm`, the actions between the frames; else (B, T) a logit a frame
     """
 
-    def __init__(self, channels: int, cells: int, k: int, width: int):
+    def __init__(self, kind: str, shape: Sequence[int], width: int, text_dim: int = 1):
         super().__init__()
-        self.project = nn.Sequential(nn.RMSNorm(channels), nn.Linear(channels, width))
-        self.time = nn.Parameter(0.02 * torch.randn(k + 1, 1, width))
-        self.place = nn.Parameter(0.02 * torch.randn(cells, width))
-        self.queries = nn.Parameter(0.02 * torch.randn(k, width))
+        (T, N, C), self.kind, self.k = shape, kind, (shape[0] - 1) * (kind == "idm")
+        self.averaged, C = kind in ("linear", "temporal", "progress"), 2 * C if self.k else C
+        self.register_buffer("scale", torch.tensor([[0.0], [1.0]]).expand(2, C).clone())
+        self.project = nn.Sequential(nn.RMSNorm(C), nn.Linear(C, width))
+        self.read = nn.Sequential(nn.Linear(text_dim, width), nn.RMSNorm(width))
+        sizes = (T, 1), (1 if self.averaged else N,), (self.k,)
+        rows = [nn.Parameter(0.5 * torch.randn(*size, width)) for size in sizes]  # from 0.02, the
+        # paper's, nothing is learned in hundreds of steps
+        self.time, self.place, self.queries = rows
         options = {"activation": "gelu", "batch_first": True, "norm_first": True}
-        block = nn.TransformerEncoderLayer(width, 8, 4 * width, dropout=0.1, **options)
-        self.blocks = nn.TransformerEncoder(block, 6, enable_nested_tensor=False)
-        head = nn.Linear(width, width), nn.GELU(), nn.Linear(width, 7)
-        self.head = nn.Sequential(nn.LayerNorm(width), *head)
+        layer = nn.TransformerEncoderLayer(width, 8, 4 * width, dropout=0.1, **options)
+        self.blocks = nn.TransformerEncoder(layer, PROBES[kind] or 1, enable_nested_tensor=False)
+        deep = [nn.Linear(width, width), nn.GELU(), nn.Linear(width, 7)] if self.k else []
+        self.head = nn.Sequential(nn.LayerNorm(width), *(deep or [nn.Linear(width, 1)]))
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.project(z.flatten(2, 3)) + self.time + self.place  # (B, k + 1, h w, width)
-        x = torch.cat([self.queries.expand(len(z), -1, -1), x.flatten(1, 2)], 1)
-        return self.head(self.blocks(x)[:, : len(self.queries)])
+    def prepare(self, z: Tensor) -> Tensor:
+        """Average the cells, or put beside each what changes in it: small, and all that counts."""
+        z = z.float().mean(2, keepdim=True) if self.averaged else z.float()
+        return torch.cat([z, z - z.mean(1, keepdim=True)], -1) if self.k else z
 
+    def forward(self, z: Tensor, text: Tensor | None = None) -> Tensor:
+        z = (self.prepare(z) - self.scale[0]) / self.scale[1]
+        x = self.project(z) + self.time + self.place  # (B, T, N, width)
+        if PROBES[self.kind]:
+            first = self.queries.expand(len(z), -1, -1) if text is None else self.read(text)
+            x = self.blocks(torch.cat([first, x.flatten(1, 2)], 1))  # (B, k or L + T N, width)
+            x = x[:, : self.k] if self.k else x[:, first.shape[1] :].unflatten(1, z.shape[1:3])
+        return self.head(x) if self.k else self.head(x).mean((2, 3))
 
-class ProbeAttention(nn.Module):
-    """Attend from x to `context` (default: itself), with normalised queries and keys."""
+    def judge(self, z: Tensor, text: Tensor | None = None) -> Tensor:
+        """Score clips (B,): the mean logit of the frames, or of `progress` the last frame's."""
+        return self(z, text)[:, -1] if self.kind == "progress" else self(z, text).mean(1)
 
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm, self.q = nn.RMSNorm(width), nn.Linear(width, width, bias=False)
-        self.kv, self.out = nn.Linear(width, 2 * width, bias=False), nn.Linear(width, width)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        x = self.norm(x)
-        k, v = self.kv(x if context is None else context).chunk(2, -1)
-        q, k, v = (y.unflatten(-1, (8, -1)).transpose(1, 2) for y in (self.q(x), k, v))
-        q, k = (F.rms_norm(y, y.shape[-1:]) for y in (q, k))
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1 * self.training)
-        return self.out(y.transpose(1, 2).flatten(2))
-
-
-class SwiGLU(nn.Sequential):
-    """Normalise, widen twofold, gate one half by the other, narrow."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm, widen, narrow = self
-        gate, value = widen(norm(x)).chunk(2, -1)
-        return narrow(F.silu(gate) * value)
-
-
-class SuccessProbe(nn.Module):
-    """Tell from a clip's features whether the task succeeded.
-
-    features  (B, T, 16, C)   4 x 4 average-pooled; all but spatiotemporal and text use the mean
-    text      (B, L, E)       tokens of the instruction from a frozen SigLIP 2 (`text` only)
-    ->        (B, T)          a logit a frame; `judge` makes one of them
-    """
-
-    def __init__(self, kind: str, channels: int, width: int, text_dim: int = 1152):
-        super().__init__()
-        self.kind, self.cells = kind, 16 if kind in ("spatiotemporal", "text") else 1
-        self.project = nn.Sequential(nn.RMSNorm(channels), nn.Linear(channels, width))
-        self.time = nn.Parameter(0.02 * torch.randn(PROBE_FRAMES, 1, width))
-        self.place = nn.Parameter(0.02 * torch.randn(self.cells, width))
-        parts = ["space"] * (self.cells > 1) + ["time"] + ["text"] * (kind == "text")
-        self.blocks = nn.ModuleList()
-        for _ in range(PROBES[kind]):
-            block = {part: ProbeAttention(width) for part in parts}
-            wide, narrow = nn.Linear(width, 16 * width // 3), nn.Linear(8 * width // 3, width)
-            block["mlp"] = SwiGLU(nn.RMSNorm(width), wide, narrow)
-            self.blocks.append(nn.ModuleDict(block))
-        self.dropout, self.head = nn.Dropout(0.1), nn.Linear(width, 1)
-        if kind == "text":
-            self.read = nn.Sequential(nn.Linear(text_dim, width), nn.RMSNorm(width), self.dropout)
-        self.register_buffer("threshold", torch.zeros(()))
-
-    def forward(self, features: Tensor, text: Tensor | None = None) -> Tensor:
-        shape = features.shape[:2]
-        features = features if self.cells > 1 else features.mean(2, keepdim=True)
-        x = self.project(features) + self.time + self.place  # (B, T, 16 or 1, width)
-        for block in self.blocks:
-            if "space" in block:
-                x = x + self.dropout(block["space"](x.flatten(0, 1)).unflatten(0, shape))
-            y = block["time"](x.transpose(1, 2).flatten(0, 1)).unflatten(0, (shape[0], -1))
-            x = x + self.dropout(y.transpose(1, 2))
-            if "text" in block:
-                x = x + self.dropout(block["text"](x.flatten(1, 2), self.read(text)).view_as(x))
-            x = x + self.dropout(block["mlp"](x))
-        return self.head(x.mean(2)).squeeze(-1)
-
-    def judge(self, features: Tensor, text: Tensor | None = None) -> Tensor:
-        """Score clips (B,): the mean logit, or the last frame's for `progress`."""
-        logits = self(features, text)
-        return logits[:, -1] if self.kind == "progress" else logits.mean(1)
-
-    def loss(self, features: Tensor, label: Tensor, text: Tensor | None = None) -> Tensor:
-        """Cross-entropy; `progress` regresses t / T of a success and 0 of a failure."""
+    def loss(self, z: Tensor, y: Tensor, text: Tensor | None = None) -> Tensor:
+        """Smooth L1 of actions; cross-entropy of success; `progress`: t / T, of a failure 0."""
+        if self.kind == "idm":
+            return F.smooth_l1_loss(self(z), y)
         if self.kind == "progress":
-            target = label[:, None] * torch.linspace(0, 1, features.shape[1], device=label.device)
-            return F.mse_loss(self(features).sigmoid(), target)
-        return F.binary_cross_entropy_with_logits(self.judge(features, text), label)
-
-    def choose_threshold(self, scores: Tensor, label: Tensor) -> tuple[float, float]:
-        """Set the threshold (0; for `progress` the best) and return balanced accuracy and AUC."""
-        edges = scores.sort().values
-        options = (edges[1:] + edges[:-1]) / 2 if self.kind == "progress" else torch.zeros(1)
-        tables = [torch.stack([label, scores, t.expand_as(scores)], 1).numpy() for t in options]
-        best = max(range(len(options)), key=lambda i: balanced_accuracy(tables[i]))
-        self.threshold.fill_(options[best])
-        return float(balanced_accuracy(tables[best])), float(auc(tables[best]))
+            rising = torch.linspace(0, 1, z.shape[1], device=z.device)
+            return F.mse_loss(self(z).sigmoid(), y[:, None] * rising)
+        return F.binary_cross_entropy_with_logits(self.judge(z, text), y)
 
 
-def fit(net: nn.Module, loss_of: Callable, score: Callable, steps: int, lr: float, name: str):
-    """Train with AdamW and a cosine; keep the best of ten snapshots by `score` on validation."""
-    optimizer, best = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-4), None
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in tqdm(range(1, steps + 1), name, leave=False):
+def fit(net: Probe, x: Tensor, y: Tensor, held: np.ndarray, steps: int, lr: float, read=None):
+    """Train on what is not held out of x (N, T, cells, C) and y; keep the best of ten states.
+
+    read(p) gives the text of samples; with another one's, none is a success. Gives the score on
+    the held samples: minus the loss of `idm`, else balanced accuracy, then AUC.
+    """
+    random, learn, device = np.random.default_rng(0), np.flatnonzero(~held), net.scale.device
+    seen = net.prepare(x[learn[:: math.ceil(len(learn) / 256)]].to(device)).flatten(0, 2)
+    net.scale[:] = torch.stack([seen.mean(0), seen.std(0) + 1e-3 * seen.std()])
+    optimizer, states = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-4), []
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1, pct_start=0.1)
+    parts = np.array_split(np.flatnonzero(held), math.ceil(held.sum() / 32))
+    for step in tqdm(range(1, steps + 1), net.kind, leave=False, disable=None):
+        p = random.choice(learn, 32)
+        z, text, other = x[p].to(device), read and read(p), read and read(np.roll(p, 1))
         with torch.enable_grad():
-            loss_of(net).backward()
+            loss = net.loss(z, y[p], text)
+            if read:
+                same = (text == other).flatten(1).all(1)
+                loss = loss + net.loss(z, y[p] * same, other)
+            loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if step % math.ceil(steps / 10) == 0 or step == steps:
-            result = score(net.eval())
-            if best is None or result > best[0]:
-                best = result, copy.deepcopy(net.state_dict())
+            net.eval()
+            inputs = [(x[p].to(device), y[p], read and read(p)) for p in parts]
+            if net.kind == "idm":
+                score = -sum(len(z) * net.loss(z, *rest).item() for z, *rest in inputs), 0
+            else:
+                samples = [torch.stack([a, net.judge(z, text)], 1) for z, a, text in inputs]
+                samples = torch.cat(samples).cpu().numpy()
+                score = balanced_accuracy(samples), auc(samples)
+            states.append((score, step, copy.deepcopy(net.state_dict())))
             net.train()
-    net.load_state_dict(best[1])
+    score, _, state = max(states)
+    net.load_state_dict(state)
     net.eval().requires_grad_(False)
-    return best[0]
+    return score
 
 
-def load_text(path: str | None, device) -> Callable[[str], Tensor]:
-    """Open SigLIP 2's text tower from a local folder: sentence -> (1, 64, E) tokens."""
+def load_text(path: str | None, device) -> Callable[[Sequence[str]], Tensor]:
+    """Open SigLIP 2's text tower from a local folder: B sentences -> tokens (B, 64, E)."""
     if path is None or not Path(path).is_dir():
         reason = "the text-conditioned probe needs SigLIP 2: name its folder with --text_weights"
         raise Unavailable(reason, WEIGHTS["text"], path or "siglip2-so400m-patch14-224")
@@ -701,102 +575,84 @@ def load_text(path: str | None, device) -> Callable[[str], Tensor]:
 
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     tower = AutoModel.from_pretrained(path, local_files_only=True).text_model.eval().to(device)
+    options = {"padding": "max_length", "max_length": 64, "truncation": True}
 
     @functools.lru_cache(maxsize=4096)
     def tokens(sentence: str) -> Tensor:
-        length = {"padding": "max_length", "max_length": 64, "truncation": True}
-        ids = tokenizer([sentence.lower()], return_tensors="pt", **length)["input_ids"]
+        ids = tokenizer([sentence.lower()], return_tensors="pt", **options)["input_ids"]
         return tower(input_ids=ids.to(device)).last_hidden_state.float()
 
-    return tokens
-
-
-def policy_actions(raw: np.ndarray) -> np.ndarray:
-    """Turn a policy's raw Bridge actions (..., 7) into model units (..., 10).
-
-    xyz +-0.05 m -> +-1.75, rotation +-0.25 rad -> +-1.4, clipped there; gripper above 0.8 (open)
-    -> -1, else +1; no base motion. xyz (0.025, 0, -1) m gives (0.875, 0, -1.75).
-    """
-    raw = np.asarray(raw, dtype=np.float32)
-    limit, scale = np.repeat([0.05, 0.25], 3), np.repeat([1.75, 1.4], 3)
-    moves = raw[..., :6].clip(-limit, limit) / limit * scale
-    gripper = np.where(raw[..., 6:7] > 0.8, -1.0, 1.0)
-    return np.concatenate([moves, gripper, np.zeros_like(moves[..., :3])], -1).astype(np.float32)
+    return lambda sentences: torch.cat([tokens(s) for s in sentences])
 
 
 def openvla_actions(normalised: np.ndarray, stats: dict) -> np.ndarray:
     """Turn OpenVLA's outputs (..., 7) in [-1, 1] into model units (..., 10).
 
     raw = q01 + (normalised + 1) / 2 (q99 - q01) where `mask` is true (all but the gripper), with
-    stats = norm_stats["bridge_orig"]["action"]: q01, q99, mask; then `policy_actions`
+    stats = norm_stats["bridge_orig"]["action"]: q01, q99, mask. Then +-0.05 m -> +-1.75, +-0.25
+    rad -> +-1.4, clipped there; gripper above 0.8 (open) -> -1, else +1.
     """
     low, high = np.asarray(stats["q01"]), np.asarray(stats["q99"])
     raw = low + (np.asarray(normalised) + 1) / 2 * (high - low)
-    return policy_actions(np.where(stats.get("mask", np.arange(7) < 6), raw, normalised))
+    raw = np.where(stats.get("mask", np.arange(7) < 6), raw, normalised)
+    return data.map_actions(raw, "bridge_policy")
 
 
 # ------------------------------------------------------------------------------------------------
 # Pictures, drawn with Pillow.
 
 
-def draw_panel(draw: ImageDraw.ImageDraw, box: tuple, curves: dict, colours: dict) -> None:
-    """Draw curves (values per step, None where there is none) with their axes into a box."""
-    (x0, y0, x1, y1), small = box, ImageFont.load_default(13)
-    values = [v for curve in curves.values() for v in curve if v is not None] or [0.0]
-    spread, steps = max(max(values) - min(values), 1e-3), max(map(len, curves.values()))
-    unit = 10 ** math.floor(math.log10(spread))
-    unit *= next(m for m in (0.2, 0.5, 1, 2) if spread <= 5 * m * unit)
-    low, high = math.floor(min(values) / unit) * unit, math.ceil(max(values) / unit) * unit
-    high = max(high, low + unit)
-
-    def place(step: int, value: float) -> tuple[float, float]:
-        up = (value - low) / (high - low)
-        return x0 + step / max(1, steps - 1) * (x1 - x0), y1 - up * (y1 - y0)
-
-    for value in np.arange(low, high + unit / 2, unit):
-        draw.line([place(0, value), (x1, place(0, value)[1])], "#dddddd")
-        draw.text((x0 - 8, place(0, value)[1]), f"{value:.4g}", "#444444", small, "rm")
-    for step in range(0, steps, math.ceil(steps / 16)):
-        draw.text((place(step, low)[0], y1 + 6), str(step + 1), "#444444", small, "ma")
-    draw.text(((x0 + x1) / 2, y1 + 22), "predicted frame", "#444444", small, "ma")
-    for name, curve in curves.items():
-        points = [place(step, v) for step, v in enumerate(curve) if v is not None]
-        draw.line(points, colours[name], 3, joint="curve")
-        for x, y in points:
-            draw.ellipse([x - 3, y - 3, x + 3, y + 3], colours[name])
-
-
 def draw_curves(path: Path, panels: dict[str, dict[str, list]]) -> None:
-    """Write a PNG of small plots, two a row, under one legend: {title: {curve: value per step}}."""
-    names = dict.fromkeys(name for curves in panels.values() for name in curves)
-    colours = dict(zip(names, ("#1f5fa8", "#2f8f4e", "#8a8a8a", "#c8452d"), strict=False))
+    """Write a PNG of small plots, two a row, under one legend: {title: {kind: value per step}}."""
+    font, grey = ImageFont.load_default(14), "#444444"
+    colours = dict(zip(KINDS, ("#1f5fa8", "#2f8f4e", "#8a8a8a", "#c8452d"), strict=True))
     image = Image.new("RGB", (1080, 50 + 290 * math.ceil(len(panels) / 2)), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(16)
-    for i, (name, colour) in enumerate(colours.items()):
+    draw = ImageDraw.Draw(image)
+    for i, (kind, colour) in enumerate(colours.items()):
         draw.line([70 + 150 * i, 25, 98 + 150 * i, 25], colour, 3)
-        draw.text((106 + 150 * i, 25), name, "black", font, "lm")
+        draw.text((106 + 150 * i, 25), kind, "black", font, "lm")
     for i, (title, curves) in enumerate(panels.items()):
-        x, y = i % 2 * 540 + 70, i // 2 * 290 + 90
-        draw.text((x, y - 24), title, "black", font)
-        draw_panel(draw, (x, y, x + 450, y + 200), curves, colours)
+        values = np.array([curves[kind] for kind in KINDS], float)  # None becomes NaN
+        low, high = np.nanmin(values), np.nanmax(values)
+        unit = 10 ** math.floor(math.log10(max(high - low, 1e-3)) - 0.3)
+        low, high = math.floor(low / unit) * unit, math.ceil(high / unit + 1e-9) * unit
+        x0, y0 = i % 2 * 540 + 70, i // 2 * 290 + 90
+        xs = np.linspace(x0, x0 + 450, values.shape[1])
+        draw.text((x0, y0 - 24), title, "black", font)
+        draw.text((x0 + 225, y0 + 222), "predicted frame", grey, font, "ma")
+        for tick in np.linspace(low, high, 5):
+            y = y0 + 200 * (high - tick) / (high - low)
+            draw.line([x0, y, x0 + 450, y], "#dddddd")
+            draw.text((x0 - 8, y), f"{tick:.4g}", grey, font, "rm")
+        for step in range(0, len(xs), math.ceil(len(xs) / 16)):
+            draw.text((xs[step], y0 + 206), str(step + 1), grey, font, "ma")
+        for colour, ys in zip(
+            colours.values(), y0 + 200 * (high - values) / (high - low), strict=True
+        ):
+            points = [(x, y) for x, y in zip(xs, ys, strict=True) if y == y]
+            draw.line(points, colour, 3, joint="curve")
+            for x, y in points:
+                draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
     data.write_atomic(path, lambda temporary: image.save(temporary, "PNG"))
 
 
 def draw_tables(path: Path, tables: list[list[list[str]]]) -> None:
     """Write tables of Markdown cells (** is bold) as a PNG; the first row of each is its head."""
     font, y = ImageFont.load_default(16), 16
-    columns = [list(zip(*table, strict=True)) for table in tables]
-    sizes = [[[font.getlength(c.strip("*")) for c in column] for column in t] for t in columns]
-    widths = [[28 + int(max(column)) for column in t] for t in sizes]
-    area = 16 + max(map(sum, widths)), 32 * sum(len(table) + 1 for table in tables)
-    image = Image.new("RGB", area, "white")
+    ends = [
+        8
+        + np.cumsum([12 + max(map(font.getlength, column)) for column in zip(*table, strict=True)])
+        for table in tables
+    ]
+    size = int(max(end[-1] for end in ends)) + 8, 32 * sum(len(table) + 1 for table in tables)
+    image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
-    for table, columns in zip(tables, widths, strict=True):
+    for table, end in zip(tables, ends, strict=True):
         for i, row in enumerate(table):
             fill = "#e4eaf2" if i == 0 else ("#f5f5f5", "white")[i % 2]
-            draw.rectangle([8, y, 8 + sum(columns), y + 31], fill)
+            draw.rectangle([8, y, end[-1], y + 31], fill)
             for j, cell in enumerate(row):
-                x, anchor = (22, "lm") if j == 0 else (sum(columns[: j + 1]) - 6, "rm")
+                x, anchor = (14, "lm") if j == 0 else (end[j] - 6, "rm")
                 bold = 0.4 * (i == 0 or cell.startswith("**"))
                 draw.text((x, y + 16), cell.strip("*"), "black", font, anchor, stroke_width=bold)
             y += 32
@@ -810,12 +666,10 @@ def draw_tables(path: Path, tables: list[list[list[str]]]) -> None:
 
 def open_model(args: Args, device) -> WorldModel:
     """Open `--checkpoint_path`, or put the parts of a released model together."""
-    sampler = {"guidance": args.guidance, "context": args.context, "steps": args.steps}
-    encoder = {"encoder_weights": args.encoder_weights, "decoder_weights": args.decoder_weights}
     if args.model_preset is None:
         if args.checkpoint_path is None:
             raise InputError("give --checkpoint_path, --model_preset or --compare")
-        return WorldModel(args.checkpoint_path, device, **encoder, **sampler)
+        return WorldModel(args.checkpoint_path, device, encoder_weights=args.encoder_weights)
     size, _, name = args.model_preset.removeprefix("DiT-").partition("_")
     if size not in ("S", "B", "L") or name not in PRESETS:
         known = ", ".join(f"DiT-{{S,B,L}}_{name}" for name in PRESETS)
@@ -828,95 +682,88 @@ def open_model(args: Args, device) -> WorldModel:
         if not path.is_file():
             url = f"{HUB}Nilaksh404/semantic-wm/resolve/main/{folder}/{file}"
             raise Unavailable(f"{args.model_preset}: {path} does not exist", url, path)
-    config = EncoderConfig(kind, args.encoder_weights, args.decoder_weights)
-    space = build_latent_space(config, *map(str, paths[1:]))
+    space = build_latent_space(EncoderConfig(kind, args.encoder_weights), *map(str, paths[1:]))
     print(f"{paths[0]}: names no objective; taken as {args.objective} (choose with --objective)")
     shift = 1.0 if kind == "vae" else time_shift(256, space.latent_dim)
-    trained = {"image_size": 256, "stride": 2, "num_history": 2, "action_merge": "drop"}
-    trained |= {"action_mapping": "bridge", "fps": 5}
     parts = load_dit(paths[0], max_frames=10), OBJECTIVES[args.objective](shift=shift), space
-    return WorldModel.from_parts(*parts, trained, device, **sampler)
+    return WorldModel.from_parts(*parts, RELEASED, device)
 
 
 def plain(x):
-    """Turn results into JSON values: seven digits, None for NaN."""
-    if isinstance(x, dict):
-        return {key: plain(value) for key, value in x.items()}
-    if isinstance(x, (Tensor, np.ndarray, np.generic)):
-        x = x.tolist()
-    if isinstance(x, (list, tuple)):
-        return [plain(value) for value in x]
-    return x if not isinstance(x, float) else float(f"{x:.7g}") if math.isfinite(x) else None
+    """Turn results into JSON values: lists for tensors, None for NaN."""
+    return json.loads(json.dumps(x, default=lambda x: x.tolist()), parse_constant=lambda _: None)
 
 
 def show(x: float | None) -> str:
     return "-" if x is None else f"{x:.4g}"
 
 
+def spread(size: int, count: int) -> list[int]:
+    """Pick at most `count` of so many, evenly."""
+    return np.linspace(0, size - 1, min(count, size)).round().astype(int).tolist()
+
+
 def random_cost(generator: torch.Generator, actions: Tensor) -> Tensor:
     """Tell nothing about actions (N, k, A): random costs (N,), or a random slope for a gradient."""
-    if actions.requires_grad:
-        return (actions * torch.randn(actions.shape, generator=generator).to(actions)).sum((1, 2))
-    return torch.randn(len(actions), generator=generator).to(actions)
+    slope = torch.randn(actions.shape, generator=generator).to(actions)
+    return (actions * slope if actions.requires_grad else slope).sum((1, 2))
 
 
 class Evaluation:
     """Measure one model on one split; `results` goes to disk as numbers are found.
 
-    The methods named after metrics return {row: what `measure` makes}. Clips are counted by their
-    place in `ids`; every process works on its share of them.
+    The methods named after metrics return rows of results. Clips are counted by their place in
+    `infos`; every process stores samples of its share of them as {(row, kind): {clip: sample}}.
     """
 
     def __init__(self, args: Args, proc: data.Processes):
-        self.args, self.proc, self.device, self.n = args, proc, proc.device, args.num_context
+        self.proc, self.device, self.model = proc, proc.device, open_model(args, proc.device)
+        self.space, stored, self.probes, self.text = self.model.space, self.model.data, {}, None
+        self.n = n = args.num_context or stored["num_history"]
+        window = self.model.dit.config.max_frames * self.space.temporal_stride
+        steps = args.num_frames or max(1, window - n)
+        self.args = args = dataclasses.replace(args, num_context=n, num_frames=steps)
         self.horizons = [int(k) for k in args.horizons.split(",")]
-        self.model, self.probes = open_model(args, proc.device), {}
-        self.space, stored = self.model.space, self.model.data
-        self.config = data.DataConfig(
-            dataset_dir=args.dataset_dir,
-            subset_names=args.subset_names,
-            num_frames=args.num_context + args.num_frames,
-            num_history=args.num_context,
-            views=self.space.num_views,
-            seed=args.seed,
-            **{key: stored[key] for key in ("image_size", "stride", "action_merge")},
-        )
-        self.clips = data.EpisodeDataset(self.config, args.split)
+        if max(self.horizons) > steps:
+            raise InputError(f"--horizons {args.horizons}: only {steps} frames are predicted")
+        options = {key: stored[key] for key in ("image_size", "stride", "action_merge")}
+        options |= {key: getattr(args, key) for key in ("dataset_dir", "subset_names", "seed")}
+        options |= {"num_frames": n + steps, "num_history": n, "views": self.space.num_views}
+        self.config = data.DataConfig(**options)
+        clips = data.EpisodeDataset(self.config, args.split)
         where = f"{args.dataset_dir}, {args.subset_names}, {args.split}"
-        if self.clips.action_mapping != stored["action_mapping"]:
+        if clips.action_mapping != stored["action_mapping"]:
             raise InputError(
-                f"{where}: actions are mapped as {self.clips.action_mapping!r}, the model was "
-                f"trained on {stored['action_mapping']!r}; convert the data as for training"
+                f"{where}: actions are mapped as {clips.action_mapping!r}, the model was trained "
+                f"on {stored['action_mapping']!r}; convert the data as for training"
             )
-        count = min(args.num_episodes, len(self.clips))
-        self.ids = np.linspace(0, len(self.clips) - 1, count).round().astype(int).tolist()
-        infos = [self.clips.info(i) for i in self.ids]
-        actions = [self.read(info, info["times"], frames=False)[1].cpu() for info in infos]
-        self.actions = torch.cat(actions)  # (N, T, A)
-        if count < 2 or (self.actions == self.actions[:1, :1]).all():
-            fault = "only one clip" if count < 2 else "all actions are equal: none can matter"
+        self.infos = [clips.info(i) for i in spread(len(clips), args.num_episodes)]
+        self.windows = spread(len(self.infos), args.windows)
+        self.cem = {"population": args.population, "elites": args.population // 8}
+        moved = torch.cat([self.recorded(info) for info in self.infos]).flatten(0, 1).std(0)
+        self.dims = [d for d in SEARCHED if moved[d] > 0]  # the others never change
+        if len(self.infos) < 2 or not self.dims:
+            fault = "all actions are equal: none can matter" if self.infos[1:] else "only one clip"
             raise InputError(f"{where}: {fault}; give other episodes")
         self.folder = Path(args.output_dir or Path(args.checkpoint_path or "outputs/_").parent)
-        self.resume([[i["path"].parts[-3:], i["times"].tolist()] for i in infos])
+        self.resume()
 
-    def resume(self, clips: list) -> None:
+    def resume(self) -> None:
         """Begin the results, or go on with those that an earlier run left in the folder."""
-        free = "metrics compare strict output_dir batch_size num_workers device dataset_dir policy "
-        free += "weights_dir i3d_path cotracker text_weights encoder_weights decoder_weights"
-        settings = {k: v for k, v in vars(self.args).items() if k not in free.split()}
+        free = "metrics compare strict output_dir batch_size device dataset_dir policy weights_dir "
+        free += "i3d_path cotracker text_weights encoder_weights"
+        config = {k: v for k, v in vars(self.args).items() if k not in free.split()}
         weights = hashlib.sha256(self.space.fingerprint.encode())
-        for tensor in self.model.dit.state_dict().values():
-            weights.update(tensor.cpu().numpy().tobytes())
-        self.results = {
-            "settings": plain(settings),
-            "weights": weights.hexdigest()[:16],
-            "clips": hashlib.sha256(json.dumps(clips).encode()).hexdigest()[:16],
-            "versions": {"numpy": np.__version__, "torch": torch.__version__},
-        }
+        for x in self.model.dit.state_dict().values():
+            weights.update(x.cpu().numpy().tobytes())
+        clips = [(*info["path"].parts[-3:], *info["times"].tolist()) for info in self.infos]
+        clips = hashlib.sha256(json.dumps(clips).encode())
+        config |= {"weights": weights.hexdigest()[:16], "clips": clips.hexdigest()[:16]}
+        versions = {"numpy": np.__version__, "torch": torch.__version__}
+        self.results = {"config": plain(config), "versions": versions}
         path = self.folder / "results.json"
         old = json.loads(path.read_text()) if path.is_file() else self.results
-        changed = [k for k in ("weights", "clips") if old.get(k) != self.results[k]]
-        changed += [k for k, v in plain(settings).items() if v != old["settings"].get(k)]
+        changed = [k for k, v in self.results["config"].items() if old["config"].get(k) != v]
         if changed:
             raise InputError(
                 f"{path}: was measured with other {', '.join(changed)}; give another --output_dir, "
@@ -932,47 +779,60 @@ class Evaluation:
             torch.distributed.all_gather_object(parts, x)
         return parts
 
-    def collect(self, store: dict) -> dict:
-        """Join {row: {clip: values}} of all processes to {row: values in the order of clips}."""
-        joined: dict = {}
-        for part in self.gather(store):
-            for row, clips in part.items():
-                joined.setdefault(row, {}).update(clips)
-        return {
-            row: torch.stack([clips[i] for i in sorted(clips)]) for row, clips in joined.items()
-        }
+    def rows(self, store: dict, statistic: str = "mean") -> dict[str, dict]:
+        """Make results of everybody's samples: the model's value beside those of the other kinds.
 
-    def walk(self, items, label: str):
-        return tqdm(items, label, disable=self.proc.rank > 0, leave=False)
+        sample  (steps,) of a mean, (trials,) of a share, (k, D) errors, (n, 2, D) read and true
+        """
+        joined, out = {}, {}
+        for (name, kind), clips in itertools.chain(*(part.items() for part in self.gather(store))):
+            joined.setdefault(name, {}).setdefault(kind, {}).update(clips)
+        for name, kinds in joined.items():
+            kinds = {k: torch.stack([c[i] for i in sorted(c)]).cpu() for k, c in kinds.items()}
+            row, model = {"better": "lower" if re.match(LOWER, name) else "higher"}, kinds["model"]
+            if statistic == "mean":
+                row["per_step"] = {kind: s.nanmean(0) for kind, s in kinds.items()}
+                kinds = {kind: s.nanmean(1) for kind, s in kinds.items()}
+            elif statistic == "share":
+                row["note"] = f"{model.nansum():.0f} of {model.isfinite().sum()}"
+            elif statistic == "l2":
+                row["per_dim"] = {kind: s.abs().mean((0, 1)) for kind, s in kinds.items()}
+            elif statistic == "pearson":
+                row["per_dim"] = dict(zip(("r", "r2"), correlation(model.numpy()), strict=True))
+            samples = kinds.pop("model")
+            value, interval, n = bootstrap(samples, statistic)
+            row |= {"value": value, "ci": interval, "n": n, "statistic": statistic}
+            row["beside"] = {kind: bootstrap(s, statistic)[0] for kind, s in kinds.items()}
+            minus = {kind: bootstrap(samples, statistic, s)[:2] for kind, s in kinds.items()}
+            out[name] = row | {"minus": minus, "samples": samples}
+        return out
 
-    def share(self, count: int, label: str):
-        """Walk through this process's share of so many clips."""
-        return self.walk(range(self.proc.rank, count, self.proc.world), label)
+    def share(self, items: Sequence, label: str):
+        """Walk through this process's share of the items."""
+        mine = items[self.proc.rank :: self.proc.world]
+        return tqdm(mine, label, disable=self.proc.rank > 0 or None, leave=False)
 
-    def read(self, info: dict, times: np.ndarray, frames: bool = True) -> tuple:
-        """Read an episode at some times: frames (1, [V,] T, H, W, 3), actions (1, T, A)."""
-        episode, config = data.Episode(info["path"]), self.config
-        actions = data.merge_actions(episode.actions, times, config.action_merge)
-        actions = torch.from_numpy(actions)[None].to(self.device)
-        if not frames:
-            return None, actions
-        x = episode.frames(times, config.views, config.image_size)
-        x = torch.from_numpy(x[None] if len(x) > 1 else x).to(self.device)
-        return x.float() / 255, actions
+    def recorded(self, info: dict, times: np.ndarray | None = None) -> Tensor:
+        """Read the actions (1, T, A) of a clip, or of its episode at other times."""
+        episode, times = data.Episode(info["path"]), info["times"] if times is None else times
+        actions = data.merge_actions(episode.actions, times, self.config.action_merge)
+        return torch.from_numpy(actions)[None].to(self.device)
+
+    def filmed(self, info: dict, times: np.ndarray | None = None) -> Tensor:
+        """Read the frames (1, [V,] T, H, W, 3) of a clip, or of its episode at other times."""
+        episode, times = data.Episode(info["path"]), info["times"] if times is None else times
+        x = episode.frames(times, self.config.views, self.config.image_size)
+        return torch.from_numpy(x[None] if len(x) > 1 else x).to(self.device) / 255
 
     def batches(self, label: str) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
         """Yield this process's batches: clips, their frames, actions and another clip's actions."""
-        N, B = len(self.ids), self.args.batch_size
-        groups = [list(range(i, min(i + B, N))) for i in range(0, N, B)]
-        groups = groups[self.proc.rank :: self.proc.world]
-        keys = [[self.ids[i] for i in group] for group in groups]
-        loader = torch.utils.data.DataLoader(
-            self.clips, batch_sampler=keys, num_workers=self.args.num_workers
-        )
-        for group, (frames, actions) in zip(groups, self.walk(loader, label), strict=True):
-            other = self.actions[[(i + N // 2) % N for i in group]]
+        infos, (N, B) = self.infos, (len(self.infos), self.args.batch_size)
+        for group in self.share([range(i, min(i + B, N)) for i in range(0, N, B)], label):
+            frames = torch.cat([self.filmed(infos[i]) for i in group])
+            actions = torch.cat([self.recorded(infos[i]) for i in group])
+            other = torch.cat([self.recorded(infos[(i + N // 2) % N]) for i in group])
             other[:, : self.n - 1] = actions[:, : self.n - 1]  # the past stays as it was
-            yield group, *(x.to(self.device) for x in (frames, actions, other))
+            yield group, frames, actions, other
 
     def dream(self, z: Tensor, actions: Tensor, seeds: Sequence[int]) -> Tensor:
         """Roll latents out from their first frames; the seed of a clip fixes its noise.
@@ -983,122 +843,94 @@ class Evaluation:
         shape = (actions.shape[1] - n, *z.shape[2:])
         draws = [torch.Generator().manual_seed(self.args.seed + seed) for seed in seeds]
         noise = torch.stack([torch.randn(shape, generator=g) for g in draws]).to(z.device)
-        options = {"guidance": self.args.guidance, "context": self.args.context, "noise": noise}
         rollout = self.model.objective.rollout
-        out = rollout(self.model.dit, z[:, :n], actions, shape[0], **options)
+        out = rollout(self.model.dit, z[:, :n], actions, shape[0], noise=noise)
         if not out.isfinite().all():
-            raise InputError(f"clips {seeds}: the model dreams NaN or infinity; it has diverged")
+            raise InputError(f"clips {[*seeds]}: the model dreams NaN or infinity; it has diverged")
         return out
 
     def native(self, frames: Tensor | None = None, z: Tensor | None = None) -> Tensor:
         """Give encoder features (B, T, h, V w, C) of real frames, or of dreamed latents z."""
-        V, adapter = self.space.num_views, self.space.adapter
+        space, V = self.space, self.space.num_views
         if z is None:
-            x = self.space.encoder.encode(frames)
-            return merge_views(x) if V > 1 else x
-        z = split_views(z, V).flatten(0, 1) if V > 1 else z
-        z = z if self.space.mean is None else z * self.space.std + self.space.mean
-        x = adapter.decode(z).float() if adapter else z
-        return merge_views(x.unflatten(0, (-1, V))) if V > 1 else x
+            x = space.encoder.encode(frames)
+        else:
+            z = split_views(z, V).flatten(0, 1) if V > 1 else z
+            z = z if space.mean is None else z * space.std + space.mean
+            x = space.adapter.decode(z).float() if space.adapter else z
+            x = x.unflatten(0, (-1, V)) if V > 1 else x
+        return merge_views(x) if V > 1 else x
 
     # -- pixels
 
-    def videos(self, group, real, actions, other) -> tuple[Tensor, dict[str, Tensor]]:
+    def videos(self, group, real, actions, other) -> dict[str, Tensor]:
         """Give the real clips and four to hold against them, views as clips: (B V, T, H, W, 3)."""
         n, z = self.n, self.space.encode(real)
         known = real[..., :n, :, :, :]
-        videos = {"ceiling": self.space.decode(z)}
+        videos = {"real": real, "ceiling": self.space.decode(z)}
         for kind, acts in (("model", actions), ("shuffled", other)):
             new = self.space.decode(self.dream(z, acts, group))[..., n:, :, :, :]
             videos[kind] = torch.cat([known, new], -4)
         videos["copy"] = torch.cat([known, known[..., -1:, :, :, :].expand_as(new)], -4)
         for kind, video in videos.items():
             if not video.isfinite().all():
-                raise InputError(f"clips {group}: pixels of the {kind} are NaN or infinite")
-        return real.flatten(0, -5), {kind: x.flatten(0, -5) for kind, x in videos.items()}
+                raise InputError(f"clips {[*group]}: pixels of the {kind} are NaN or infinite")
+        return {kind: video.flatten(0, -5) for kind, video in videos.items()}
 
     def open_metric(self, name: str) -> Callable:
-        """Open a pixel metric: (real, video) -> {row: (B, steps)}, a distance: video -> features."""
-        args, n, folder = self.args, self.n, (self.args.weights_dir, self.device)
+        """Open a metric of videos: (real, video) -> {row: (B V, steps)}, of a distance, features."""
+        args, n, where = self.args, self.n, (self.args.weights_dir, self.device)
         if not self.space.has_decoder:
             raise Unavailable(f"{name}: the model has no decoder; make one with train_adapter.py")
-
-        def future(video: Tensor) -> Tensor:
-            return video[:, n:].flatten(0, 1)
-
-        if name in ("fid", "fid_tv"):
-            features = load_inception(name, *folder)
-            return lambda video: features(future(video))
         if name in ("fvd", "fvd_r3d"):
-            return load_i3d(args.i3d_path, *folder) if name == "fvd" else load_r3d(*folder)
+            features = load_video(name, args.i3d_path, *where)
+            return lambda real, video: features(video)
+        if name in ("fid", "fid_tv"):
+            features = load_inception(name, *where)
+            return lambda real, video: features(video[:, n:].flatten(0, 1))
+        if name in ("pck", "pck_patch"):
+            track = load_cotracker(args.cotracker, self.device) if name == "pck" else track_patches
+            points = grid_points(*2 * [self.config.image_size])
+            track = functools.lru_cache(2)(functools.partial(track, points=points))
+            rows = lambda *x: pck(*map(track, x), 256 / self.config.image_size)  # noqa: E731
+            return lambda *x: {name + row: values[:, n:] for row, values in rows(*x).items()}
         if name == "t_lpips":
             if self.config.image_size % 8 or self.config.image_size < 128:
                 raise Unavailable("t_lpips: RAFT needs frames of 128 pixels or more, in eights")
-            change = load_t_lpips(*folder)
+            change = load_t_lpips(*where)
             return lambda real, video: {name: change(real[:, n - 1 :], video[:, n - 1 :])}
-        if name in ("pck", "pck_patch"):
-            track = load_cotracker(args.cotracker, self.device) if name == "pck" else track_patches
-            known: list = [None, None]  # the real clips seen last, and their tracks
-
-            def compare(real: Tensor, video: Tensor) -> dict[str, Tensor]:
-                points = grid_points(*real.shape[2:4])
-                if known[0] is not real:
-                    known[:] = real, track(real, points)
-                rows = pck(known[1], track(video, points), 256 / real.shape[2])
-                return {name + row: values[:, n:] for row, values in rows.items()}
-
-            return compare
-        frame = {"psnr": psnr, "ssim": ssim, "ssim_y": ssim_y}.get(name) or load_lpips(*folder)
-        return lambda real, video: {name: frame(future(real), future(video)).view(len(real), -1)}
+        score = {"psnr": psnr, "ssim": ssim}.get(name) or load_lpips(*where)
+        future = lambda x: x[:, n:].flatten(0, 1)  # noqa: E731
+        return lambda *x: {name: score(*map(future, x)).view(len(x[0]), -1)}
 
     def pixels(self, nets: dict[str, Callable]) -> dict[str, dict]:
         """Measure model, ceiling, copy and shuffled actions against the real clips in one pass."""
-        store, sums, gif, rows = {}, {}, [], {}
+        store, sums, gif = defaultdict(dict), defaultdict(float), None
         for group, *clips in self.batches("pixels"):
-            real, videos = self.videos(group, *clips)
-            if len(gif) < 4:
-                difference = (videos["model"] - real).abs()
-                gif += torch.cat([real, videos["model"], difference], 3).cpu()[: 4 - len(gif)]
-            for name, (kind, video) in itertools.product(nets, {"real": real, **videos}.items()):
+            videos = self.videos(group, *clips)
+            real, dreamed = videos["real"], videos["model"]
+            gif = torch.cat([real, dreamed, (dreamed - real).abs()], 3)[:4] if gif is None else gif
+            for name, (kind, video) in itertools.product(nets, videos.items()):
                 if name in DISTANCES:
-                    x = nets[name](video)
-                    sums.setdefault((name, kind), FrechetSums(x.shape[1])).add(x)
+                    sums[name, kind] += gram(nets[name](real, video))
                 elif kind != "real":
                     for row, values in nets[name](real, video).items():
-                        values = values.double().cpu().unflatten(0, (len(group), -1)).nanmean(1)
-                        store.setdefault((row, kind), {}).update(zip(group, values, strict=True))
-        store = self.collect(store)
-        for row in dict.fromkeys(row for row, _ in store):
-            clips = {kind: store[row, kind].nanmean(1) for kind in KINDS}
-            rows[row] = measure(
-                clips["model"],
-                "lower" if "lpips" in row else "higher",
-                beside={kind: clips[kind].nanmean() for kind in KINDS[1:]},
-                minus={k: bootstrap(clips["model"], minus=clips[k])[:2] for k in KINDS[2:]},
-                per_step={kind: store[row, kind].nanmean(0) for kind in KINDS},
-            )
-        rows |= {name: self.distance(name, sums) for name in nets if name in DISTANCES}
-        if gif and self.proc.rank == 0:
-            data.write_gif(self.folder / "samples.gif", torch.cat(gif, 1), self.model.data["fps"])
+                        values = values.double().unflatten(0, (len(group), -1)).nanmean(1)
+                        store[row, kind] |= zip(group, values, strict=True)
+        if gif is not None and self.proc.rank == 0:
+            gif = torch.cat([*gif], 1)
+            data.write_gif(self.folder / "samples.gif", gif, self.model.data["fps"])
+        rows, sums = self.rows(store), self.gather(sums)
+        for name in (name for name in nets if name in DISTANCES):
+            grams = [sum(s[name, kind] for s in sums if s) for kind in ("real", *KINDS)]
+            real, *others = map(moments, grams)
+            value, *beside = (frechet_distance(*real, *other) for other in others)
+            n, dim = int(grams[0][0, 0]), len(grams[0]) - 1
+            rows[name] = {"value": value, "ci": None, "n": n, "better": "lower"}  # no interval:
+            rows[name]["beside"] = dict(zip(KINDS[1:], beside, strict=True))  # resampling biases
+            if n <= 2 * dim:
+                rows[name]["note"] = f"{n} samples of {dim} numbers: biased up, compare at equal N"
         return rows
-
-    def distance(self, name: str, sums: dict[tuple, FrechetSums]) -> dict:
-        """Make the row of a Frechet distance from the sums of all processes.
-
-        It has no interval: the distance is biased by N, and so is every resampling of it.
-        """
-        moments = {}
-        for kind in ("real", *KINDS):
-            total, *others = [part for part in self.gather(sums.get((name, kind))) if part]
-            for other in others:
-                total.merge(other.parts)
-            moments[kind] = total.moments()
-        value, *beside = (frechet_distance(*moments["real"], *moments[kind]) for kind in KINDS)
-        n, dim = int(total.parts[0]), len(total.parts[1])
-        row = {"value": value, "ci": None, "n": n, "better": "lower"}
-        if n <= 2 * dim:
-            row["note"] = f"{n} samples of {dim} numbers: biased upward, compare at equal N only"
-        return row | {"beside": dict(zip(KINDS[1:], beside, strict=True))}
 
     # -- control
 
@@ -1108,266 +940,306 @@ class Evaluation:
         The mean starts at the true actions (the paper's way; it flatters everybody) or at zero;
         beside each stands the same search on random costs.
         """
-        args, n, store, faults = self.args, self.n, {}, {}
-        cem = {key: getattr(args, key) for key in ("population", "elites", "iterations")}
-        for i in self.share(min(args.windows, len(self.ids)), "search"):
-            frames, actions = (x.to(self.device) for x in self.clips[self.ids[i]])
-            z = self.space.encode(frames[None])[0]
-            for k, search in itertools.product(self.horizons, args.searches.split(",")):
-                dims = list(range(3) if search == "grid" else SEARCHED)
+        args, n, store, faults = self.args, self.n, defaultdict(dict), {}
+        for i in self.share(self.windows, "search"):
+            (actions,), searches = self.recorded(self.infos[i]), args.searches.split(",")
+            (z,) = self.space.encode(self.filmed(self.infos[i]))
+            known = self.model.dit, self.model.objective, z[:n], actions[: n - 1]
+            for k, search, start in itertools.product(self.horizons, searches, ("", "_zero")):
+                dims = self.dims[: 3 if search == "grid" else None]
                 random = torch.Generator().manual_seed(args.seed + i)
                 noise = torch.randn((k, *z.shape[1:]), generator=random).to(z.device)
-                task = self.model.dit, self.model.objective, z[:n], actions[: n - 1], z[n : n + k]
-                signals = {"no signal": functools.partial(random_cost, random)}
-                true, last = actions[n - 1 : n - 1 + k], actions[n - 1 + k]
+                true, row = actions[n - 1 : n - 1 + k], f"{search}_k{k}{start}"
+                first = true.clone()
+                first[:, dims] *= not start
+                options = self.cem | {"generator": random} if search == "cem" else {}
                 try:
-                    signals["model"] = candidate_cost(*task, noise, last)
-                    for start, (kind, cost) in itertools.product(("", "_zero"), signals.items()):
-                        first = true.clone()
-                        first[:, dims] *= start == ""
-                        options = cem | {"generator": random} if search == "cem" else {}
-                        found = PLANNERS[search](cost, first, dims, **options)[0]
-                        error = (found - true)[:, dims].cpu()
-                        store.setdefault((f"{search}_k{k}{start}", kind), {})[i] = error
+                    cost = candidate_cost(*known, z[n : n + k], noise, actions[n - 1 + k])
+                    costs = {"model": cost, "no signal": functools.partial(random_cost, random)}
+                    for kind, cost in costs.items():
+                        found, _ = PLANNERS[search](cost, first, dims, **options)
+                        store[row, kind][i] = (found - true)[:, dims]
+                        store[f"{row}_xyz", kind][i] = (found - true)[:, :3]
                 except InputError as error:  # too many points, too long for the window
-                    faults[f"{search}_k{k}"] = Unavailable(str(error)).row
-        store, rows = self.collect(store), self.gather(faults)[0]
-        for row in dict.fromkeys(row for row, _ in store):
-            size, random = (
-                store[row, kind].norm(dim=-1).mean(-1) for kind in ("model", "no signal")
-            )
-            rows[row] = measure(
-                size,
-                "lower",
-                beside={"no signal": random.mean()},
-                minus={"no signal": bootstrap(size, minus=random)[:2]},
-                per_dim=store[row, "model"].abs().mean((0, 1)),
-            )
-        return rows
+                    faults[row] = Unavailable(str(error)).row
+        return self.rows(store, "l2") | self.gather(faults)[0]
 
     def idm(self) -> dict[str, dict]:
         """Train the inverse-dynamics probe per horizon and read the actions off both futures."""
-        rows, n = {}, self.n
+        store, n = defaultdict(dict), self.n
         for k in self.horizons:
-            net, store = self.fit_idm(k), {}
-            starts = range(n - 1, self.config.num_frames - k, k)
+            net, starts = self.fit_idm(k), range(n - 1, self.config.num_frames - k, k)
             for group, real, actions, _ in self.batches(f"idm k={k}"):
                 dreamed = self.native(z=self.dream(self.space.encode(real), actions, group))
                 true = torch.cat([actions[:, s : s + k, :6] for s in starts], 1)
                 for kind, z in (("model", dreamed), ("real", self.native(real))):
+                    z = z.flatten(2, 3)
                     read = torch.cat([net(z[:, s : s + k + 1])[..., :6] for s in starts], 1)
-                    moments = action_moments(read, true).cpu()
-                    store.setdefault(kind, {}).update(zip(group, moments, strict=True))
-            store = self.collect(store)
-            (r, r2), (_, r2_real) = (pearson_per_dim(store[k].numpy()) for k in ("model", "real"))
-            beside = {"real": bootstrap(store["real"], "pearson")[0]}
-            per_dim = {"r": r, "r2": r2, "r2_real": r2_real}
-            row = measure(store["model"], "higher", "pearson", beside=beside, per_dim=per_dim)
-            rows[f"idm_r_k{k}"] = row
-        return rows
+                    pairs = torch.stack([read, true], 2)
+                    store[f"idm_r_k{k}", kind] |= zip(group, pairs, strict=True)
+        return self.rows(store, "pearson")
 
-    def fit_idm(self, k: int) -> InverseDynamics:
+    def fit_idm(self, k: int) -> Probe:
         """Train on windows of the train split; every tenth episode of it chooses the weights."""
-        args = self.args
+        args, x, y = self.args, [], []
         config = dataclasses.replace(self.config, num_frames=k + 1, num_history=1)
-        train = data.EpisodeDataset(config, "train")
-        learn = [i for i in range(len(train)) if i % 10]
-        if not learn:
-            raise Unavailable("idm needs at least two training episodes")
-        draws = np.random.default_rng((args.seed, k)).integers(1, 1 << 30, (args.max_steps, 32))
-        keys = [[(draw, learn[draw % len(learn)]) for draw in batch] for batch in draws.tolist()]
-        load = functools.partial(torch.utils.data.DataLoader, train, num_workers=args.num_workers)
-        batches, held = iter(load(batch_sampler=keys)), range(0, len(train), 10)[:64]
-        held = list(torch.utils.data.DataLoader(train, batch_sampler=[[i] for i in held]))
-
-        def loss_of(net, clip=None) -> Tensor:
-            frames, actions = (x.to(self.device) for x in clip or next(batches))
-            return F.smooth_l1_loss(net(self.native(frames)), actions[:, :k, :7])
-
-        def score(net) -> float:
-            return -sum(loss_of(net, clip).item() for clip in held)
-
-        *_, h, w, C = self.native(held[0].frames.to(self.device)).shape
+        clips = data.EpisodeDataset(config, "train")
+        episode = np.arange(8 * args.max_steps) % len(clips)
+        for j in tqdm(range(len(episode)), f"windows k={k}", disable=None, leave=False):
+            info = clips.info(divmod(j, len(clips)))
+            x.append(self.native(self.filmed(info)).flatten(2, 3).half().cpu())
+            y.append(self.recorded(info)[:, :k, :7])
+        x, y = torch.cat(x), torch.cat(y)
         torch.manual_seed(args.seed)
-        net = InverseDynamics(C, h * w, k, args.probe_width).to(self.device)
-        lr = 0.15 / args.probe_width  # 3e-4 at the paper's width
-        fit(net, loss_of, score, args.max_steps, lr, f"idm k={k}")
+        net = Probe("idm", x.shape[1:], args.probe_width).to(self.device)
+        fit(net, x, y, episode % 10 == 0, args.max_steps, 0.15 / args.probe_width)
         return net
 
     # -- semantics
 
     def labelled(self, split: str, count: int) -> list[dict]:
         """List at most `count` episodes with a success label, long enough for eight frames."""
-        clips, shortest = data.EpisodeDataset(self.config, split), max(PROBE_FRAMES, self.n + 1)
+        config = dataclasses.replace(self.config, num_frames=max(8, self.n + 1))
+        clips = data.EpisodeDataset(config, split)
         infos = [info for i in range(len(clips)) if (info := clips.info(i))["success"] is not None]
-        infos = [info for info in infos if len(self.whole(info)) >= shortest]
-        labels = {bool(info["success"]) for info in infos}
-        if len(labels) < 2:
-            found = f"only success={labels.pop()}" if labels else "no success labels"
-            where = f"split {split!r} of {self.args.subset_names}"
-            raise Unavailable(f"success probes need successes and failures; {where} has {found}")
-        picked = np.linspace(0, len(infos) - 1, min(count, len(infos))).round().astype(int)
-        return [infos[i] for i in picked]
+        won = sum(info["success"] for info in infos)
+        if min(won, len(infos) - won) < 2:
+            raise Unavailable(
+                f"success probes need two labelled successes and failures; split {split!r} of "
+                f"{self.args.subset_names} has {won} and {len(infos) - won}"
+            )
+        return [infos[i] for i in spread(len(infos), count)]
 
-    def whole(self, info: dict) -> np.ndarray:
-        """Give the frames of a whole episode at the model's stride."""
-        return np.arange(0, info["length"], self.config.stride)
-
-    def eight(self, steps: int) -> np.ndarray:
-        """Choose the frames that a probe sees of so many."""
-        fps = self.model.data["fps"] / self.config.stride
-        return data.probe_frames(steps, PROBE_FRAMES, self.args.probe_sampling, fps)
+    def eight(self, info: dict) -> tuple[np.ndarray, np.ndarray]:
+        """Give an episode's times at the model's stride, and the places of the eight that count."""
+        times = np.arange(0, info["length"], self.config.stride)
+        return times, data.probe_frames(len(times), 8, "uniform", 1)
 
     def pooled(self, features: Tensor) -> Tensor:
         """Average features (B, T, h, w, C) over 4 x 4 super-patches: (B, T, 16, C)."""
         x = F.adaptive_avg_pool2d(features.flatten(0, 1).movedim(-1, 1), 4)
         return x.flatten(2).transpose(1, 2).unflatten(0, features.shape[:2])
 
-    def read_text(self, kind: str, sentences: Sequence[str]) -> Tensor | None:
-        return torch.cat([self.text(s) for s in sentences]) if kind == "text" else None
-
     def fit_probes(self) -> None:
         """Train the success probes on real features; every fifth episode chooses the weights."""
-        args, device = self.args, self.device
-        infos, x = self.labelled("train", args.probe_episodes), []
-        for info in self.walk(infos, "features"):
-            times = self.whole(info)
-            real, _ = self.read(info, times[self.eight(len(times))])
-            x.append(self.pooled(self.native(real)).half().cpu())
-        x, label = torch.cat(x), torch.tensor([float(info["success"]) for info in infos])
+        args, infos, x = self.args, self.labelled("train", 2000), []
+        infos.sort(key=lambda info: info["success"])  # so that both parts have both classes
+        for info in tqdm(infos, "features", disable=None, leave=False):
+            times, seen = self.eight(info)
+            x.append(self.pooled(self.native(self.filmed(info, times[seen]))).half())
+        x, held = torch.cat(x), np.arange(len(x)) % 5 == 0
+        y = torch.tensor([float(info["success"]) for info in infos], device=self.device)
         words = np.array([info["language"] for info in infos])
-        held, learn = np.arange(0, len(x), 5), np.flatnonzero(np.arange(len(x)) % 5)
-        if not all(0 < label[part].sum() < len(part) for part in (held, learn)):
-            raise Unavailable("success probes: too few labelled training episodes")
-        steps = min(args.max_steps, PROBE_EPOCHS * math.ceil(len(learn) / 32))
-        random = np.random.default_rng(args.seed)
-
-        def loss_of(net) -> Tensor:
-            part = random.choice(learn, 32)
-            z, target = x[part].to(device).float(), label[part].to(device)
-            loss = net.loss(z, target, self.read_text(net.kind, words[part]))
-            if net.kind == "text":  # with another episode's sentence it is no success
-                other = words[random.permutation(part)]
-                kept = torch.from_numpy(words[part] == other).to(device)
-                loss = loss + net.loss(z, target * kept, self.read_text("text", other))
-            return loss
-
-        def score(net) -> tuple[float, float]:
-            parts = np.array_split(held, math.ceil(len(held) / 32))
-            inputs = [(x[p].to(device).float(), self.read_text(net.kind, words[p])) for p in parts]
-            scores = torch.cat([net.judge(*z) for z in inputs])
-            return net.choose_threshold(scores.cpu(), label[held])
-
-        for kind in [kind for kind in PROBES if kind != "text" or self.text]:
+        steps = min(args.max_steps, 50 * math.ceil(len(x) / 32))
+        for kind in [k for k in PROBES if k != "idm" and (k != "text" or self.text)]:
             torch.manual_seed(args.seed)
-            text_dim = self.text("").shape[-1] if kind == "text" else 0
-            net = SuccessProbe(kind, x.shape[-1], args.probe_width * 3 // 4, text_dim).to(device)
-            net.validation = fit(net, loss_of, score, steps, 1e-3, f"probe {kind}")
-            self.probes[kind] = net
+            read = (lambda p: self.text(words[p])) if kind == "text" else None
+            text_dim = read(slice(1)).shape[-1] if read else 1
+            net = Probe(kind, x.shape[1:], args.probe_width * 3 // 4, text_dim).to(self.device)
+            self.probes[kind], net.score = net, fit(net, x, y, held, steps, 1e-3, read)
+
+    def judge(self, kind: str, features: Tensor, sentence: str) -> Tensor:
+        """Score clips of one instruction by a success probe: (B, 8, h, w, C) -> (B,)."""
+        text = self.text([sentence] * len(features)) if kind == "text" else None
+        return self.probes[kind].judge(self.pooled(features), text)
 
     def probe(self) -> dict[str, dict]:
         """Judge real and dreamed test episodes by the probes that learned from real ones."""
-        infos, store, rows = self.labelled(self.args.split, self.args.num_episodes), {}, {}
+        store, rows = defaultdict(dict), {}
+        infos = self.labelled(self.args.split, self.args.num_episodes)
         self.fit_probes()
-        for i in self.share(len(infos), "probe"):
-            info, times = infos[i], self.whole(infos[i])
-            seen, label = self.eight(len(times)), torch.tensor(float(infos[i]["success"]))
-            known, real = (self.read(info, t)[0] for t in (times[: self.n], times[seen]))
-            actions = self.read(info, times, frames=False)[1]
-            z = self.dream(self.space.encode(known), actions, [i])[:, seen]
-            features = {"model": self.native(z=z), "real": self.native(real)}
-            for net, source in itertools.product(self.probes.values(), features):
-                text = self.read_text(net.kind, [info["language"]])
-                score = net.judge(self.pooled(features[source]), text)[0].cpu()
-                sample = torch.stack([label, score, net.threshold.cpu()]).double()
-                store.setdefault((net.kind, source), {})[i] = sample
-        store = self.collect(store)
-        statistics = ("accuracy", "balanced_accuracy", "auc")
-        for kind, statistic in itertools.product(self.probes, statistics):
-            beside = {"real": bootstrap(store[kind, "real"], statistic)[0]}
-            row = measure(store[kind, "model"], "higher", statistic, beside=beside)
-            rows[f"probe_{kind}_{statistic}"] = row
+        for i, info in self.share([*enumerate(infos)], "probe"):
+            times, seen = self.eight(info)
+            z = self.space.encode(self.filmed(info, times[: self.n]))
+            z = self.dream(z, self.recorded(info, times), [i])[:, seen]
+            real = self.native(self.filmed(info, times[seen]))
+            features = {"model": self.native(z=z), "real": real}
+            for kind, source in itertools.product(self.probes, features):
+                score = self.judge(kind, features[source], info["language"])[0].item()
+                store[f"probe_{kind}", source][i] = torch.tensor([info["success"], score])
+        for statistic in ("accuracy", "balanced_accuracy", "auc"):
+            named = {(f"{row}_{statistic}", kind): x for (row, kind), x in store.items()}
+            rows |= self.rows(named, statistic)
         return rows
 
     def policy(self) -> dict[str, dict]:
         """Let a policy act inside the dream; the probe that validated best counts successes."""
-        args, store = self.args, {}
-        infos = self.labelled(args.split, args.policy_starts)
+        args, store, model = self.args, defaultdict(dict), self.model
+        infos = self.labelled(self.args.split, args.policy_starts)
         if not self.probes:
             self.fit_probes()
-        net = max(self.probes.values(), key=lambda net: net.validation)
-        for i in self.share(len(infos), "policy"):
-            sentence = infos[i]["language"]
-            known, _ = self.read(infos[i], self.whole(infos[i])[: self.n])
+        best = max(self.probes, key=lambda kind: self.probes[kind].score)
+        for i, info in self.share([*enumerate(infos)], "policy"):
+            known = self.filmed(info, self.eight(info)[0][: self.n])
             known = known.expand(args.policy_trials, *known.shape[1:])
             random = torch.Generator().manual_seed(args.seed + i)
-            act = functools.partial(self.act, sentence=sentence)
-            frames, _ = self.model.rollout_policy(act, known, args.policy_steps, random)
-            seen = torch.from_numpy(self.eight(frames.shape[-4])).to(frames.device)
-            features = self.pooled(self.native(frames.index_select(frames.ndim - 4, seen)))
-            won = net.judge(features, self.read_text(net.kind, [sentence] * len(features)))
-            store.setdefault("rate", {})[i] = (won > net.threshold).double().mean().cpu()
-        rates = self.collect(store)["rate"]
-        spread = (rates.mean() * (1 - rates.mean()) / (len(rates) * args.policy_trials)).sqrt()
-        extra = {"trials": args.policy_trials, "standard_error": spread, "judge": net.kind}
-        return {"success_rate": measure(rates, "higher", **extra)}
+            act = functools.partial(self.act, sentence=info["language"])
+            frames, _ = model.rollout_policy(act, known, args.policy_steps, random)
+            seen = data.probe_frames(frames.shape[-4], 8, "uniform", 1)
+            won = self.judge(best, self.native(frames[..., seen, :, :, :]), info["language"]) > 0
+            store["success_rate", "model"][i] = won.double()
+        row = self.rows(store, "share")["success_rate"]
+        error = (row["value"] * (1 - row["value"]) / len(infos) / args.policy_trials) ** 0.5
+        return {"success_rate": row | {"judge": best, "standard_error": error}}
+
+    # -- what only a simulator can tell
+
+    def simulator(self, i: int, t: int) -> data.ToyWorld:
+        """Rebuild the world that clip i was filmed in, as it stands in frame t."""
+        metadata = data.Episode(self.infos[i]["path"]).metadata
+        if "toy" not in metadata:
+            raise Unavailable("needs episodes of the toy world: its simulator knows the truth")
+        return data.toy_state_at(metadata, int(self.infos[i]["times"][t]))
+
+    def act_in(self, world: data.ToyWorld, actions: Tensor) -> Tensor:
+        """Act in the simulator, in model units; give the frames ([V,] k, H, W, 3) after each."""
+        config, film = self.config, []
+        gain, _, turn, *_ = data.ACTION_MAPPINGS[self.model.data["action_mapping"]]
+        scale = np.repeat([gain, turn], 3) * (config.stride if config.action_merge == "sum" else 1)
+        for action in actions.cpu().double().numpy():
+            for _ in range(config.stride):
+                world.step([*(action[:6] / scale), float(action[6] < 0)])
+            film.append(world.render(config.image_size, config.views))
+        film = torch.from_numpy(np.stack(film, 1)).to(self.device) / 255
+        return film if len(film) > 1 else film[0]
+
+    def counterfactual(self) -> dict[str, dict]:
+        """Send the gripper along +x, -x, +y, -y, +z, -z from one state, dreamed and simulated.
+
+        error  root mean squared difference of the pixels; beside it the dream of the opposite
+        sides  how often both of two opposite actions move the gripper to their own side, counted
+               where the simulator moves it by 2 % of the image or more
+        """
+        n, steps, store, sides = self.n, self.args.num_frames, defaultdict(dict), defaultdict(dict)
+        for i in self.share(self.windows, "counterfactual"):
+            frames, actions = self.filmed(self.infos[i]), self.recorded(self.infos[i])
+            beside = actions[:, [*range(n - 1), *[n - 1] * (steps + 1)]].repeat(6, 1, 1)
+            beside[:, n - 1 :, :6] = 1.575 * torch.eye(6)[[0, 0, 1, 1, 2, 2], None].to(beside)
+            beside[1::2, n - 1 :, :6] *= -1  # 45 mm a step
+            true = [self.act_in(self.simulator(i, n - 1), a[n - 1 : -1]) for a in beside]
+            true, known = torch.stack(true), frames[..., n - 1 : n, :, :, :]
+            z = self.space.encode(frames).expand(6, -1, -1, -1, -1)
+            new = self.space.decode(self.dream(z, beside, [i] * 6))[..., n:, :, :, :]
+            videos = {"model": new, "opposite": new[[1, 0, 3, 2, 5, 4]], "copy": known}
+            for kind, video in videos.items():
+                error = (video - true).square().mean((-3, -2, -1)).sqrt()
+                store["counterfactual_error", kind][i] = error.flatten(0, -2).mean(0)
+            last = [(x if x.ndim == 5 else x[:, 0])[:, -1] for x in (new, true, known)]  # camera 0
+            moved, truth, start = (data.locate(x, "cyan") for x in last)
+            way = truth[::2] - truth[1::2]
+            way /= np.linalg.norm(way, axis=-1, keepdims=True)
+            moved, truth = (
+                np.minimum(((x - start)[::2] * way).sum(-1), ((start - x)[1::2] * way).sum(-1))
+                for x in (moved, truth)
+            )
+            hits = np.where(truth > 0.02 * self.config.image_size, moved > 0, np.nan)
+            sides["counterfactual_sides", "model"][i] = torch.from_numpy(hits)
+        return self.rows(store) | self.rows(sides, "share")
+
+    def objects(self) -> dict[str, dict]:
+        """Find gripper and blocks by colour: pixels from where the simulator has them, and how many.
+
+        Where the real frame shows no such colour, nothing counts; its own errors are the floor.
+        """
+        n, size, store = self.n, self.config.image_size, defaultdict(dict)
+        for group, *clips in self.batches("objects"):
+            videos = self.videos(group, *clips)
+            for j, (i, view) in enumerate(itertools.product(group, self.config.views)):
+                worlds = [self.simulator(i, t) for t in range(n, self.config.num_frames)]
+                names = {"cyan": "marker"} | {c: c for c in worlds[0].names if c in data.COLOURS}
+                places = [[w.positions()[name] for w in worlds] for name in names.values()]
+                places = worlds[0].pixels(np.array(places), view, size)
+                off = {
+                    kind: np.stack([data.locate(video[j, n:], colour) for colour in names]) - places
+                    for kind, video in videos.items()
+                }
+                off = {k: torch.from_numpy(np.linalg.norm(x, axis=-1)) for k, x in off.items()}
+                seen = off["real"].isfinite()
+                for kind, x in off.items():
+                    x, found = (y.where(seen, math.nan) for y in (x, x.isfinite().double()))
+                    store["objects_gripper", kind][i, view] = x[0]
+                    store["objects_blocks", kind][i, view] = x[1:].nanmean(0)
+                    store["objects_found", kind][i, view] = found.nanmean(0)
+        return self.rows(store)
+
+    def goal(self) -> dict[str, dict]:
+        """Plan to the frame that k recorded actions lead to and act in the simulator.
+
+        Reached: gripper and blocks appear within 5 % of the image of where that frame has them.
+        """
+        n, store = self.n, defaultdict(dict)
+        for i, k in itertools.product(self.share(self.windows, "goal"), self.horizons):
+            frames, actions = self.filmed(self.infos[i]), self.recorded(self.infos[i])
+            random = torch.Generator().manual_seed(self.args.seed + i)
+
+            def end(plan: Tensor, i=i) -> tuple[Tensor, np.ndarray]:
+                world = self.simulator(i, n - 1)
+                frame = self.act_in(world, plan).select(-4, -1)
+                places = np.stack([*world.positions().values()])
+                return frame, np.stack([world.pixels(places, v, 1) for v in self.config.views])
+
+            recorded, still, chance = actions[:, n - 1 : n - 1 + k].repeat(3, 1, 1)
+            still[:, :6], chance[:, :7] = 0, 3.5 * torch.rand(k, 7, generator=random) - 1.75
+            picture, places = end(recorded)
+            self.model.reset(frames[..., :n, :, :, :], actions[:, : n - 1])
+            plan = self.model.plan(picture, k, dims=self.dims, generator=random, **self.cem)
+            plans = {"model": plan, "random": chance, "still": still}
+            for kind, plan in plans.items():
+                far = np.linalg.norm(end(plan)[1] - places, axis=-1).max()
+                store[f"goal_k{k}", kind][i] = torch.tensor([float(far < 0.05)])
+        return self.rows(store, "share")
 
     # -- the whole
 
-    def open(self, name: str):
+    def open(self, name: str) -> Callable | None:
         """Open what a metric needs before any work is done, or raise Unavailable."""
-        if name == "probe_text":
-            return load_text(self.args.text_weights, self.device)
         if name in PIXELS:
             return self.open_metric(name)
         if self.space.temporal_stride > 1:
             raise Unavailable(f"{name}: this encoder packs two frames into one latent")
+        if name in SIMULATED:
+            self.simulator(0, 0)
+        if name in ("probe", "policy", "probe_text"):
+            self.labelled("train", 2), self.labelled(self.args.split, 2)
+        if name == "probe_text":
+            self.text = load_text(self.args.text_weights, self.device)
         if name == "policy" and not self.args.policy:
             raise Unavailable("policy: name the function to act with, --policy module:function")
         if name == "policy":
-            sys.path.insert(0, os.getcwd())
-            function = pydoc.locate(self.args.policy.replace(":", "."))
-            if function is None:
+            self.act = pydoc.locate(self.args.policy.replace(":", "."))
+            if self.act is None:
                 raise InputError(f"--policy {self.args.policy}: there is no such function")
-            return function
 
     def run(self) -> None:
         """Measure group by group; what an earlier run finished is not measured again."""
-        done, args, opened, missing = self.results["finished"], self.args, {}, {}
-        todo = [name for name in args.metrics.split(",") if name not in done]
-        for name in [*todo, *["probe_text"] * bool({"probe", "policy"} & {*todo})]:
+        done, opened, wanted = self.results["finished"], {}, self.args.metrics.split(",")
+        self.report(self.results["metrics"])
+        todo = [name for name in METRICS if name in wanted and name not in done]
+        for name in [*["probe_text"] * bool({"probe", "policy"} & {*todo}), *todo]:
             try:
                 opened[name] = self.open(name)
             except Unavailable as error:
-                if args.strict:
+                if self.args.strict:
                     raise
-                missing[name] = error.row
-        self.text, self.act = opened.pop("probe_text", None), opened.get("policy")
-        self.report(self.results["metrics"] | missing)
+                self.report({name: error.row})
         nets = {name: net for name, net in opened.items() if name in PIXELS}
-        work = [(list(nets), functools.partial(self.pixels, nets))] if nets else []
-        work += [([name], getattr(self, name)) for name in METRICS if name in opened.keys() - nets]
-        for names, measured in work:
-            try:
-                rows, finished = measured(), names
-            except Unavailable as error:
-                if args.strict:
-                    raise
-                rows, finished = {name: error.row for name in names}, []
-            done += finished
-            self.report(rows)
+        if nets:
+            self.report(self.pixels(nets), [*nets])
+        for name in [name for name in todo if name in opened.keys() - nets]:
+            self.report(getattr(self, name)(), [name])
+        rows = {
+            f"{name}, {row['better']} is better": row["per_step"]
+            for name, row in self.results["metrics"].items()
+            if row.get("per_step", {}).keys() == {*KINDS} and not re.search("@(5|20|40)", name)
+        }
         if self.proc.rank == 0:
-            shown = {
-                f"{name}, {row['better']} is better": row["per_step"]
-                for name, row in self.results["metrics"].items()
-                if "per_step" in row and ("@" not in name or name.endswith("@10"))
-            }
-            if shown:
-                draw_curves(self.folder / "horizon.png", shown)
+            if rows:
+                draw_curves(self.folder / "horizon.png", rows)
             print(*in_words(self.results["metrics"]), sep="\n")
 
-    def report(self, rows: dict[str, dict]) -> None:
+    def report(self, rows: dict[str, dict], finished: Sequence[str] = ()) -> None:
         """Print rows of the table and put them on disk."""
+        self.results["finished"] += finished
         self.results["metrics"] |= (rows := plain(rows))
         if self.proc.rank > 0:
             return
@@ -1385,26 +1257,24 @@ class Evaluation:
             print(line, *beside, row.get("note", ""), sep="  ")
 
 
-def in_words(metrics: dict[str, dict]) -> list[str]:
+def in_words(metrics: dict[str, dict]) -> Iterator[str]:
     """Say whether the model listens to its actions and whether it is better than a copy."""
-    lines = []
     for name, row in metrics.items():
-        sign, value, beside = (1 if row.get("better") == "higher" else -1), row["value"], {}
-        for kind, (_, interval) in row.get("minus", {}).items():
-            if interval is not None:  # kind: [its value, is the gain over it sure?]
-                beside[kind] = show(row["beside"][kind]), min(sign * x for x in interval) > 0
-        if name in ("psnr", "ssim", "lpips") and "shuffled" in beside:
+        sign, value, beside = (1 if row.get("better") == "higher" else -1), show(row["value"]), {}
+        for kind, (_, ci) in row.get("minus", {}).items():  # kind: its value, surely worse?
+            beside[kind] = show(row["beside"][kind]), ci and min(sign * x for x in ci) > 0
+        if name in ("psnr", "ssim", "lpips") and beside:
             other, listens = beside["shuffled"]
             verb = "listens to" if listens else "ignores"
-            with_other = f"{show(value)} with the recorded ones, {other} with another clip's"
-            lines.append(f"The model {verb} its actions: {name} is {with_other}.")
+            yield f"The model {verb} its actions: {name} is {value}, {other} with another clip's."
             if not beside["copy"][1]:
-                lines.append(f"By {name} it is no better than repeating the last known frame.")
+                yield f"By {name} it is no better than repeating the last known frame."
         if "no signal" in beside:
             random, useful = beside["no signal"]
             verb = "finds actions" if useful else "finds none, as if the model ignored its actions"
-            lines.append(f"{name} {verb}: error {show(value)}, {random} when costs are random.")
-    return lines
+            yield f"{name} {verb}: error {value}, {random} when costs are random."
+        if name == "counterfactual_sides" and "note" in row:
+            yield f"Opposite actions move the gripper to their own sides: {row['note']} pairs."
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1415,52 +1285,44 @@ def paired(row: dict, other: dict) -> str:
     """Write the difference of two runs on the same clips with its interval; ** excludes zero."""
     if "samples" not in row:
         return f"{row['value'] - other['value']:+.3g}"
-    value, interval, _ = bootstrap(row["samples"], row["statistic"], minus=other["samples"])
-    if interval is None:
-        return f"{value:+.3g}"
-    text = f"{value:+.3g} [{interval[0]:+.3g}, {interval[1]:+.3g}]"
-    return f"**{text}**" if interval[0] * interval[1] > 0 else text
+    value, ci, _ = bootstrap(row["samples"], row["statistic"], minus=other["samples"])
+    text = f"{value:+.3g} [{ci[0]:+.3g}, {ci[1]:+.3g}]"
+    return f"**{text}**" if ci[0] * ci[1] > 0 else text
 
 
 def compare(args: Args) -> None:
-    """Write the three-axis table of several runs: best in bold, paired differences, Borda ranks."""
-    runs, tables, lines = {}, [], []
-    for name in args.compare:
-        path = Path(name) / "results.json"
+    """Write the tables of several runs: best in bold, Borda ranks, differences to the first run."""
+    paths, tables = [Path(name) / "results.json" for name in args.compare], []
+    for path in paths:
         if not path.is_file():
             raise InputError(f"{path}: no results; measure the run first with evaluate.py")
-        runs[name] = json.loads(path.read_text())
-    first, *others = runs.values()
-    if not others or any(run["clips"] != first["clips"] for run in others):
+    runs = [json.loads(path.read_text()) for path in paths]
+    if len(runs) < 2 or len({run["config"]["clips"] for run in runs}) > 1:
         raise InputError("--compare needs two or more runs measured on the same clips and seed")
+    metrics = [{k: v for k, v in r["metrics"].items() if v["value"] is not None} for r in runs]
+    common = [name for name in metrics[0] if all(name in rows for rows in metrics)]
     for axis, pattern in AXES.items():
-        found = [
-            {m for m, row in run["metrics"].items() if row["value"] is not None}
-            for run in runs.values()
-        ]
-        names = [name for name in first["metrics"] if name in set.intersection(*found)]
-        names = [name for name in names if re.fullmatch(pattern, name)]
+        names = [name for name in common if re.fullmatch(pattern, name)]
         if not names:
             continue
-        rows = {name: [run["metrics"][m] for m in names] for name, run in runs.items()}
-        higher = [row["better"] == "higher" for row in rows[args.compare[0]]]
-        values = np.array([[cell["value"] for cell in row] for row in rows.values()])
-        best = np.where(higher, values.max(0), values.min(0)).tolist()
-        ranks = borda(values, higher).tolist()
-        arrows = [f"{m} {'up' if up else 'down'}" for m, up in zip(names, higher, strict=True)]
-        table, gaps = [[axis, *arrows, "Borda"]], [[f"minus {args.compare[0]}", *names]]
-        for name, rank in zip(rows, ranks, strict=True):
-            cells = zip(
-                [*(row["value"] for row in rows[name]), rank], [*best, min(ranks)], strict=True
-            )
-            table.append([name, *(f"**{show(x)}**" if x == top else show(x) for x, top in cells)])
-            pairs = zip(rows[name], rows[args.compare[0]], strict=True)
-            gaps.append([name, *(paired(row, other) for row, other in pairs)])
-        del gaps[1]  # the first run minus itself
-        tables += [table, gaps]
-    for table in tables:
-        text = ["| " + " | ".join(row) + " |" for row in table]
-        lines += [text[0], "|---" * len(table[0]) + "|", *text[1:], ""]
+        higher = [metrics[0][name]["better"] == "higher" for name in names]
+        values = np.array([[rows[name]["value"] for name in names] for rows in metrics])
+        values = np.column_stack([values, borda(values, higher)])
+        best = np.where([*higher, False], values.max(0), values.min(0))
+        ways = ["up" if up else "down" for up in higher]
+        table = [[axis, *map(" ".join, zip(names, ways, strict=True)), "Borda"]]
+        for run, row in zip(args.compare, values, strict=True):
+            bold = np.where(row == best, "**", "")
+            cells = [f"{b}{show(x)}{b}" for b, x in zip(bold, row, strict=True)]
+            table.append([run, *cells])
+        for run, rows in zip(args.compare[1:], metrics[1:], strict=True):
+            cells = [paired(rows[name], metrics[0][name]) for name in names]
+            table.append([f"{run} minus {args.compare[0]}", *cells, ""])
+        tables.append(table)
+    lines = []
+    for head, *rows in tables:
+        rule = ["---"] * len(head)
+        lines += ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)] + [""]
     folder = Path(args.output_dir or "outputs/compare")
     data.write_atomic(folder / "compare.md", "\n".join(lines).encode())
     draw_tables(folder / "compare.png", tables)
