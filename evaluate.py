@@ -613,6 +613,7 @@ def draw_curves(path: Path, panels: dict[str, dict[str, list]]) -> None:
         draw.text((106 + 150 * i, 25), kind, "black", font, "lm")
     for i, (title, curves) in enumerate(panels.items()):
         values = np.array([curves[kind] for kind in KINDS], float)  # None becomes NaN
+        values[values > 99] = np.nan  # the 100 dB of an exact decoder would flatten the others
         low, high = np.nanmin(values), np.nanmax(values)
         unit = 10 ** math.floor(math.log10(max(high - low, 1e-3)) - 0.3)
         low, high = math.floor(low / unit) * unit, math.ceil(high / unit + 1e-9) * unit
