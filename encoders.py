@@ -4,8 +4,7 @@
 
 A frozen network is a file of tensors and a forward pass that asks for them by their public names:
 no layer is declared, every size is the file's, and one dry run on loading finds what is missing,
-left over or misshapen. (A load through transformers, which renames these modules in memory from
-release to release, is neither strict nor able to name the file's tensors.)
+left over or misshapen. (transformers renames these modules in memory from release to release.)
 
 Shapes: B batch, T frames, H W pixels, h w latent grid, C latent channels, D network width,
 N images of one call, n tokens of an image, d channels of a head, p pixels a side of a patch.
@@ -31,18 +30,19 @@ import data
 from data import InputError, MissingFileError
 
 TABLE = """\
-name             latent     params   adapter weights
-pixels           16x16x768  0+0      no      -
-vae              32x32x16   34+50M   no      stabilityai/stable-diffusion-3-medium-diffusers/vae
-vavae            16x16x32   28+41M   no      hustvl/vavae-imagenet256-f16d32-dinov2
-cosmos           16x16x16   34+48M   no      nvidia/Cosmos-0.1-Tokenizer-CI16x16
-rae              16x16x768  87+415M  yes     facebook/dinov2-with-registers-base
-scale_rae_siglip 16x16x1152 428+416M yes     google/siglip2-so400m-patch14-224
-scale_rae_webssl 16x16x1024 304+415M yes     facebook/webssl-dino300m-full2b-224
-vjepa2           16x16x1024 305M     yes     https://dl.fbaipublicfiles.com/vjepa2
-qwen             16x16x1280 669M     yes     Qwen/Qwen2.5-VL-3B-Instruct
+name             latent     params   adapter decoder weights
+pixels           16x16x768  0+0      no      yes     -
+vae              32x32x16   34+50M   no      yes     stabilityai/stable-diffusion-3-medium-diffusers/vae
+vavae            16x16x32   28+41M   no      yes     hustvl/vavae-imagenet256-f16d32-dinov2
+cosmos           16x16x16   34+48M   no      yes     nvidia/Cosmos-0.1-Tokenizer-CI16x16
+rae              16x16x768  87+415M  yes     yes     facebook/dinov2-with-registers-base
+scale_rae_siglip 16x16x1152 428+416M yes     yes     google/siglip2-so400m-patch14-224
+scale_rae_webssl 16x16x1024 304+415M yes     yes     facebook/webssl-dino300m-full2b-224
+vjepa2           16x16x1024 305M     yes     no      https://dl.fbaipublicfiles.com/vjepa2
+qwen             16x16x1280 669M     yes     no      Qwen/Qwen2.5-VL-3B-Instruct
 """  # latent of a 256x256 frame; encoder + decoder; adapter: so wide that the paper compresses it
-RELEASES = {row.split()[0]: row.split()[-1] for row in TABLE.splitlines()[1:]}
+ROWS = {row.split()[0]: row.split() for row in TABLE.splitlines()[1:]}
+RELEASES = {kind: row[-1] for kind, row in ROWS.items()}
 DECODERS = {
     "rae": "nyu-visionx/RAE-collections/decoders/dinov2/wReg_base/ViTXL_n08",
     "scale_rae_siglip": "nyu-visionx/siglip2_decoder",
@@ -54,7 +54,9 @@ STATISTICS = {
 }
 HOMES = {name: f"weights/{kind}/decoder" for kind, name in DECODERS.items()}
 HOMES |= {name: f"weights/{kind}" for kind, name in (*STATISTICS.items(), *RELEASES.items())}
-TRANSFORMERS = ("model.safetensors.index.json", "model.safetensors")
+TRANSFORMERS = ("model.safetensors", "model.safetensors.index.json")
+CONTAINERS = ("ema_encoder", "target_encoder", "state_dict")  # what may hold the tensors of a .pt
+WRAPPERS = r"((module|_orig_mod|backbone|model|visual|vision_model)\.)*"  # before a tensor's name
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of a network's input
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -91,17 +93,17 @@ class EncoderConfig:
 
 def fetch(name: str, file: str, cached: bool) -> Path:
     """Return a file of a hub id (org/name/folder) or https folder: the cached one, or download."""
-    if name.startswith("https://"):
-        path = Path(torch.hub.get_dir(), "checkpoints", file)
-        if not cached:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(f"{name}/{file}", str(path))
-        return path.resolve(strict=True)
-    from huggingface_hub import hf_hub_download
+    if "://" not in name:
+        from huggingface_hub import hf_hub_download
 
-    org, repo, *folder = name.split("/")
-    file = "/".join([*folder, file])
-    return Path(hf_hub_download(f"{org}/{repo}", file, local_files_only=cached))
+        org, repo, *folders = name.split("/")
+        file = "/".join([*folders, file])
+        return Path(hf_hub_download(f"{org}/{repo}", file, local_files_only=cached))
+    path = Path(torch.hub.get_dir(), "checkpoints", file)
+    if not cached:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(f"{name}/{file}", str(path))
+    return path.resolve(strict=True)
 
 
 def find(name: str, *files: str, download: bool = True) -> Path:
@@ -111,34 +113,35 @@ def find(name: str, *files: str, download: bool = True) -> Path:
            release first the folder below weights/ that stands for it
     Raises MissingFileError saying what to fetch, from where, and where to put it.
     """
-    home, reason = HOMES.get(name, "a folder"), ""
-    path = Path(home if name in HOMES and Path(home).is_dir() else name).expanduser()
-    for file in files:
-        if path.is_file() or len(found := list(path.glob(file))) == 1:
-            return path if path.is_file() else found[0]
+    home = HOMES.get(name := str(name), "a folder")
+    for path in (Path(home), Path(name).expanduser()):
+        for file in files:
+            if path.is_file() or len(found := list(path.glob(file))) == 1:
+                return path if path.is_file() else found[0]
+    exact = [file for file in files if "*" not in file]
     remote = r"https://.+|(?!.*\.(pt|jit|safetensors)$)\w[\w.-]*(/[\w.-]+)+"
     if path.is_dir() or not re.fullmatch(remote, name):
-        raise MissingFileError(f"{path}: no such file, or a folder without {files[0]}; check it")
-    for cached in (True, False)[: 1 + download]:
-        for file in (file for file in files if "*" not in file):
-            try:
-                return fetch(name, file, cached)
-            except (OSError, ValueError) as error:
-                reason = type(error).__name__
-            if not cached and reason == "LocalEntryNotFoundError":  # no connection
-                break
-    page = name if "://" in name else f"https://huggingface.co/{name}"
+        what = f"no such file, or a folder without {' or '.join(exact)}"
+        raise MissingFileError(f"{path}: {what}; check the path")
+    for file, cached in [(f, True) for f in exact] + [(f, False) for f in exact if download]:
+        try:
+            return fetch(name, file, cached)
+        except (OSError, ValueError) as error:
+            reason = type(error).__name__
+    org, repo, *folders = name.split("/")
+    place = "/".join(["https://huggingface.co", org, repo, "resolve/main", *folders])
+    offline = reason in ("LocalEntryNotFoundError", "URLError")
     raise MissingFileError(
-        f"{page}: {files[0]} is not on this machine and not downloadable ({reason}); fetch it and "
-        "any config.json beside it where you can (a licence may have to be accepted), put them in "
-        f"{home} here, or name their folder"
+        f"{name if '://' in name else place}/{files[0]} is not on this machine and cannot be fetched "
+        f"({'no connection' if offline else reason}); put it, with the config.json, shards or "
+        f"decoder.jit beside it, in {home} here (a licence may have to be accepted), or name its folder"
     )
 
 
 def beside(path: Path, name: str, file: str) -> Path:
     """Return a companion of a file that was found in `name`."""
     here = Path(name).expanduser().exists() or (path.parent / file).is_file()
-    return find(str(path.parent) if here else name, file)
+    return find(str(path.parent.absolute()) if here else name, file)
 
 
 def read_json(path: Path, key: str) -> dict:
@@ -150,41 +153,38 @@ def read_json(path: Path, key: str) -> dict:
         raise InputError(f"{path}: no readable JSON object ({error}); fetch it again") from error
 
 
-def read_tensors(path: Path, keep: tuple, strip: tuple, containers: tuple) -> dict[str, Tensor]:
-    """Read float tensors by name from .safetensors, or from a .pt without running code.
-
-    keep, strip  beginnings of the names that are read, and what is then cut off their front
-    containers   entries of a .pt that may hold the tensors, first come; else its top level does
-    """
+def read_tensors(path: Path, keep: tuple[str, ...]) -> dict[str, Tensor]:
+    """Read the tensors whose names begin with `keep` from .safetensors, or from a .pt, no code run."""
     if path.suffix == ".safetensors":
         with data.open_tensors(path) as (file, _):
             state = {key: file.get_tensor(key) for key in file.keys() if key.startswith(keep)}
     else:
         state = data.load_torch(path)
-        state = state if isinstance(state, dict) else {"its content": state}
-        state = next((state[name] for name in containers if name in state), state)
-        state = state if isinstance(state, dict) else {"its content": state}
+        if isinstance(state, dict):
+            state = next((state[name] for name in CONTAINERS if name in state), state)
+        state = state if isinstance(state, dict) else {f"{keep[0]}...": state}
         state = {f"{key}": value for key, value in state.items() if f"{key}".startswith(keep)}
     for name, value in state.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            wanted = " or ".join(containers) or "tensors only"
-            raise InputError(f"{path}: '{name}' is no float tensor; name a file with {wanted}")
-    return data.strip_prefixes(state, strip)
+        good = isinstance(value, Tensor) and value.is_floating_point() and value.numel()
+        if not (good and value.isfinite().all()):
+            what = f"'{name}' is no tensor of finite floats; name an undamaged file of tensors"
+            raise InputError(f"{path}: {what}, at its top level or in {', '.join(CONTAINERS)}")
+    return state
 
 
 def read_stats(path: Path, latent_dim: int) -> Tensor:
     """Read latent statistics as (2, h, w, C) or (2, 1, 1, C): mean, std.
 
-    z' = (z - mean) / std,   std = sqrt(var + 1e-5) where the file holds a variance
-
     The file holds 'std' or 'var', and 'mean' (None or absent: zero): (C,), (C, h, w), (1, C, h, w).
+    z' = (z - mean) / std,   std = sqrt(var + 1e-5)
     """
     values = data.load_torch(path)
     try:
-        std = values["std"] if values.get("std") is not None else (values["var"] + 1e-5).sqrt()
-        pair = [torch.zeros(latent_dim) if values.get("mean") is None else values["mean"], std]
-        pair = [value.view(-1, 1, 1) if value.ndim == 1 else value for value in pair]
-        pair = [value.float().reshape(latent_dim, *value.shape[-2:]) for value in pair]
+        mean, std = values.get("mean"), values.get("std")
+        std = (values["var"] + 1e-5).sqrt() if std is None else std
+        pair = [torch.zeros(latent_dim) if mean is None else mean, std]
+        pair = [x.view(-1, 1, 1) if x.ndim == 1 else x for x in pair]
+        pair = [x.float().reshape(latent_dim, *x.shape[-2:]) for x in pair]
         stats = torch.stack(torch.broadcast_tensors(*pair))
         if not (stats.isfinite().all() and (stats[1] > 0).all()):
             raise ValueError("not all finite and positive")
@@ -197,53 +197,57 @@ def read_stats(path: Path, latent_dim: int) -> Tensor:
 class Network(nn.Module):
     """The tensors of a public file under their own names, and the layers that ask for them.
 
-    config  the config.json beside the file: what no shape can tell
-    unused  beginnings of names that the forward pass does without
+    files, keep             see find, read_tensors
+    needs_config            its config.json is a must: beside a file here, in the hub
+    unused, names           tensors not asked for; pairs our=the file's part of a name
+    size, mean_std, clamp   side, normalisation and clamping of the frames it is made for
+    frames, chunk           frames a latent stands for, frames a call
     """
 
-    files, keep, strip, containers = TRANSFORMERS, ("",), (), ()  # see find, read_tensors
-    needs_config = (True, True)  # from a folder here, from the hub; else there may be none
-    unused: tuple[str, ...] = ()
-    eps, rename = 1e-6, str  # rename: our name of a tensor to the file's
-    size: int | None = None  # side of the frames it is made for; none: any
-    mean_std, clamp, last = HALF, False, ""  # of its input; of its output, see DINO
-    frames, chunk, archives = 1, 32, ()  # frames a latent, frames a call, TorchScript files
+    files, keep, needs_config, unused, names = TRANSFORMERS, ("",), (True, True), ("\n",), ""
+    size, mean_std, clamp, frames, chunk = None, HALF, False, 1, 32
+    archives, eps, last = (), 1e-6, ""
 
     def __init__(self, where: Path, state: dict[str, Tensor], config: dict):
         super().__init__()
-        self.where, self.config, self.asked, self.counts = where, config, set(), {}
+        self.where, self.config, self.asked, self.missing = where, config, {}, {}
+        self.prefix = re.match(WRAPPERS, min(state, default=""))[0]
         for name in sorted(state):  # register_buffer takes no dots in a name
             self._buffers[name] = state[name].to(torch.float32, copy=True)
+        self.build()
 
     def fault(self, what: str) -> InputError:
         return InputError(f"{self.where}: {what}; name the file and config.json of this encoder")
 
-    def has(self, name: str) -> bool:
-        return self.rename(name) in self._buffers
+    def rename(self, name: str) -> str:
+        """Return the name that a tensor has in the file."""
+        for pair in self.names.split():
+            name = name.replace(*pair.split("="))
+        return self.prefix + name
 
     def tensor(self, name: str, *shape: int) -> Tensor:
-        """Return a tensor; give its shape where broadcasting could hide that it is another."""
-        self.asked.add(name := self.rename(name))
-        value = self._buffers.get(name)
+        """Return a tensor; give its shape (-1: any) where broadcasting could hide another.
+
+        For a missing one its like in another layer stands in, so that `check` can name them all.
+        """
+        name = self.rename(name)
+        value, self.asked[name] = self._buffers.get(name), True
         if value is None:
-            raise self.fault(f"tensor {name} is missing")
-        if shape and value.shape != shape:
+            self.missing[name] = True
+            pattern = re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", re.escape(name))
+            value = next((v for k, v in self._buffers.items() if re.fullmatch(pattern, k)), None)
+        if value is None:
+            raise self.fault(f"missing tensors: {', '.join([*self.missing][-4:])}")
+        want = tuple(b if a < 0 else a for a, b in zip(shape, value.shape, strict=False))
+        if shape and (len(shape), want) != (value.ndim, value.shape):
             raise self.fault(f"tensor {name} is {tuple(value.shape)}, expected {shape}")
         return value
 
-    def shape(self, name: str, ndim: int) -> tuple[int, ...]:
-        shape = tuple(self.tensor(name).shape)
-        if len(shape) != ndim or 0 in shape:
-            raise self.fault(f"tensor {name} is {shape}, expected {ndim} axes")
-        return shape
-
     def count(self, prefix: str, key: str = "") -> int:
         """Count layers: the config's `key`, else one more than the largest number after `prefix`."""
-        if prefix not in self.counts:
-            pattern = re.compile(re.escape(self.rename(prefix)) + r"(\d{1,3})\.")
-            found = [int(match[1]) for name in self._buffers if (match := pattern.match(name))]
-            self.counts[prefix] = self.number(key, max(found, default=0) + 1)
-        return self.counts[prefix]
+        pattern = re.escape(self.rename(prefix)).replace(r"\*", r"\d+") + r"(\d{1,3})\."
+        found = [int(match[1]) for name in self._buffers if (match := re.match(pattern, name))]
+        return self.number(key, max(found, default=0) + 1)
 
     def number(self, key: str, default: float, divides: int = 0) -> int | float:
         """Return a positive number of the config, or the default where it has none."""
@@ -273,20 +277,28 @@ class Network(nn.Module):
         return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
 
     @torch.no_grad()
-    def check(self, run: Callable, *shape: int) -> None:
-        """Run without numbers: every tensor is there, they fit together, and none is left over."""
+    def check(self, run: Callable, *shape: int, **facts: int) -> None:
+        """Run without numbers: all tensors are there, fit the config's `facts`, none is left over."""
+        for key, value in facts.items():
+            if self.config.get(key, value) != value:
+                raise self.fault(f"{key} is {self.config[key]!r}, its tensors say {value}")
         buffers, self._buffers = self._buffers, {k: v.to("meta") for k, v in self._buffers.items()}
+        left = []
         try:
             run(torch.empty(shape, device="meta"))
-        except InputError:
-            raise
+            spare = tuple(self.prefix + name for name in self.unused)
+            left = [k for k in buffers if k not in self.asked and not k.startswith(spare)]
         except (RuntimeError, ValueError, IndexError) as error:
-            raise self.fault(f"its tensors do not fit together ({error})") from error
+            layer = [*self.asked][-1].rpartition(".")[0]
+            misfit = self.fault(f"its tensors do not fit together at {layer} ({error})")
+            if not self.missing:
+                raise (error if isinstance(error, InputError) else misfit) from None
         finally:
             self._buffers = buffers
-        left = [k for k in buffers if k not in self.asked and not k.startswith(self.unused)]
-        if left:
-            raise self.fault(f"{len(left)} unexpected tensors: {', '.join(left[:4])}")
+        kinds = {"missing": [*self.missing], "unexpected": left}
+        faults = [f"{k} tensors: {', '.join(names[:4])}" for k, names in kinds.items() if names]
+        if faults:
+            raise self.fault(" and ".join(faults))
 
 
 def resize_grid(x: Tensor, size: tuple[int, int], mode: str, antialias: bool = False) -> Tensor:
@@ -330,31 +342,29 @@ class Transformer(Network):
 
         x (N, heads, n, d), turn (n, d / 2); a pair is 2j, 2j + 1, or j, j + d / 2 in `halves`
         """
-        x, dtype = x.float(), x.dtype
-        halves = self.halves
+        x, dtype, halves = x.float(), x.dtype, self.halves
         pairs = x.unflatten(-1, (2, -1)).mT.contiguous() if halves else x.unflatten(-1, (-1, 2))
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * turn)
+        turned = torch.view_as_real(torch.view_as_complex(pairs).mul_(turn))
         return (turned.mT if halves else turned).flatten(-2).to(dtype)
 
-    def parts(self, x: Tensor, names: list[str], count: int) -> list[Tensor]:
+    def parts(self, x: Tensor, name: str, parts: tuple, count: int) -> list[Tensor]:
         """Apply `count` layers, which the file may hold as one."""
-        out = [self.linear(x, name) for name in names]
+        out = [self.linear(x, name + part) for part in parts]
         return out if len(out) == count else out[0].chunk(count, dim=-1)
 
     def block(self, x: Tensor, i: int, turn: Tensor | None = None, mask: Tensor | None = None):
-        """Map tokens (N, n, D) through block i."""
+        """Map tokens (N, n, D) through block i; out of place: tests/study.py trains through it."""
         name = f"{self.blocks}{i}."
         scales = [self.tensor(name + scale, x.shape[-1]) for scale in self.scales]
         y = self.norm(x, name + self.norm1)
-        qkv = self.parts(y, [name + part for part in self.qkv], 3)
+        qkv = self.parts(y, name, self.qkv, 3)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv)
         if turn is not None:
             q, k = self.rotate(q, turn), self.rotate(k, turn)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  #      (N, heads, n, d)
         y = self.linear(y.transpose(1, 2).flatten(2), name + self.proj)
         x = torch.addcmul(x, y, scales[0]) if scales else x + y
-        y = self.norm(x, name + self.norm2)
-        y = self.parts(y, [name + part for part in self.fc1], 1 if self.act else 2)
+        y = self.parts(self.norm(x, name + self.norm2), name, self.fc1, 1 if self.act else 2)
         y = self.linear(self.act(y[0]) if self.act else F.silu(y[0]) * y[1], name + self.fc2)
         return torch.addcmul(x, y, scales[1]) if scales else x + y
 
@@ -365,25 +375,25 @@ class DINO(Transformer):
     last  the norm at the end: the "file"'s, a "plain" one without weights in its place, or "none"
     """
 
-    mean_std, last, unused = IMAGENET, "file", ("embeddings.mask_token",)
+    mean_std, last, unused, size = IMAGENET, "file", ("embeddings.mask_token",), 224
     patch, table = "embeddings.patch_embeddings.projection", "embeddings.position_embeddings"
-    cls, registers, end = "embeddings.cls_token", "embeddings.register_tokens", "layernorm"
+    cls, registers, end = "embeddings.cls_token", "", "layernorm"
     blocks, proj = "encoder.layer.", "attention.output.dense"
     qkv = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
     scales = ("layer_scale1.lambda1", "layer_scale2.lambda1")
 
-    def __init__(self, where: Path, state: dict, config: dict):
-        super().__init__(where, state, config)
-        self.dim, _, _, self.unit = self.shape(f"{self.patch}.weight", 4)
+    def build(self) -> None:
+        self.dim, _, _, self.unit = self.tensor(f"{self.patch}.weight", -1, 3, -1, -1).shape
         self.heads = self.number("num_attention_heads", 12, self.dim)
         self.eps = self.number("layer_norm_eps", 1e-6)
         self.depth = self.count(self.blocks, "num_hidden_layers")
-        if self.has(f"{self.blocks}0.mlp.weights_in.weight"):
+        if self.config.get("use_swiglu_ffn"):
             self.fc1, self.fc2, self.act = ("mlp.weights_in",), "mlp.weights_out", None
         self.places = self.tensor(self.table).numel() // self.dim - bool(self.cls)
-        self.h = math.isqrt(self.places)  # RAE uses its encoder, made for 518 pixels, at 224
-        self.size = 224 if self.has(self.registers) else self.h * self.unit
-        self.check(self.encode, 1, 3, 2 * self.unit, 2 * self.unit)
+        self.h, side = math.isqrt(self.places), 2 * self.unit
+        self.size = self.size or self.h * self.unit
+        facts = {"patch_size": self.unit, "image_size": self.h * self.unit}
+        self.check(self.encode, 1, 3, side, side, hidden_size=self.dim, **facts)
 
     def encode(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to tokens (N, h, w, D)."""
@@ -391,65 +401,59 @@ class DINO(Transformer):
         N, h, w, D = x.shape
         table = self.tensor(self.table).view(1, -1, D)
         grid = table[:, -self.places :].unflatten(1, (self.h, self.h))
-        registers = self.has(self.registers)  # upstream's classes with and without differ
-        x = (x + resize_grid(grid, (h, w), "bicubic", antialias=registers)).flatten(1, 2)
-        prefix = [self.tensor(self.cls) + table[:, :1]] if self.cls else []
-        prefix += [self.tensor(self.registers)] if registers else []  # these have no position
+        antialias = bool(self.registers)  # upstream's classes with and without registers differ
+        x = (x + resize_grid(grid, (h, w), "bicubic", antialias)).flatten(1, 2)
+        prefix = [self.tensor(self.cls, 1, 1, D) + table[:, :1]] if self.cls else []
+        prefix += [self.tensor(self.registers)] if self.registers else []  # without a position
         x = torch.cat([*(token.expand(N, -1, -1) for token in prefix), x], dim=1)
         for i in range(self.depth):
             x = self.block(x, i)
         x = x[:, -h * w :].unflatten(1, (h, w))
-        plain = F.layer_norm(x, (D,), eps=1e-6) if self.last == "plain" else x
-        return self.norm(x, self.end) if self.last == "file" else plain
+        if self.last == "file":
+            return self.norm(x, self.end)
+        return F.layer_norm(x, (D,), eps=1e-6) if self.last == "plain" else x
 
 
 class RAE(DINO):
-    """DINOv2 with registers as in RAE, which strips the weights of the last norm after loading."""
+    """DINOv2 with registers as in RAE, which does without the weights of the last norm."""
 
-    last, unused = "plain", ("embeddings.mask_token", "layernorm.")
+    registers, last = "embeddings.register_tokens", "plain"
+    unused = ("embeddings.mask_token", "layernorm.")
 
 
 class SigLIP(DINO):
     """SigLIP's vision tower (Scale-RAE), to its last layer: as DINO, without CLS and scales."""
 
-    keep, strip = ("vision_model.", "embeddings.", "encoder."), ("vision_model.",)
-    mean_std, last, unused = HALF, "plain", ("head.", "post_layernorm.")
-    patch, table = "embeddings.patch_embedding", "embeddings.position_embedding.weight"
-    cls, registers = "", ""
+    keep = ("vision_model.", "embeddings.", "encoder.")
+    mean_std, last, unused, size = HALF, "plain", ("head.", "post_layernorm."), None
+    patch, table, cls = "embeddings.patch_embedding", "embeddings.position_embedding.weight", ""
     blocks, norm1, norm2 = "encoder.layers.", "layer_norm1", "layer_norm2"
     qkv, proj = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj"
     scales, act = (), staticmethod(functools.partial(F.gelu, approximate="tanh"))
 
 
 class VJEPA(Transformer):
-    """V-JEPA 2.1: no table; every block turns queries and keys by time, row and column.
-
-    Each axis turns 2 floor(floor(d / 3) / 2) channels of a head, the rest of it stays as it is.
-    """
+    """V-JEPA 2.1: every block turns 20 of 64 channels by time, 20 by row, 20 by column, 4 not."""
 
     files, needs_config = ("vjepa2_1_vitl_dist_vitG_384.pt", "vjepa*.pt"), (False, False)
-    containers, strip = ("ema_encoder", "target_encoder"), ("module.", "backbone.")
     size, mean_std, clamp = 256, IMAGENET, True
     unused = ("norms_block.0.", "norms_block.1.", "norms_block.2.")  # of intermediate outputs
 
-    def __init__(self, where: Path, state: dict, config: dict):
-        super().__init__(where, state, config)
-        self.dim, _, frames, _, self.unit = self.shape("patch_embed.proj.weight", 5)
-        self.heads = self.dim // self.number("head_dim", 64, self.dim)
-        self.depth, side = self.count(self.blocks), 2 * self.unit
+    def build(self) -> None:
+        weight = self.tensor("patch_embed.proj.weight", -1, 3, -1, -1, -1)
+        self.dim, _, frames, _, self.unit = weight.shape
+        self.heads, self.depth, side = self.dim // 64, self.count(self.blocks), 2 * self.unit
         self.check(lambda x: (self(x), self.encode(x[:, :, 0])), 1, 3, frames, side, side)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map one frame (N, 3, 1, H, W) or a video (N, 3, T, H, W) to tokens (N, t, h, w, D)."""
-        patch, kind = "patch_embed.proj", "video_mod_embed"
-        if x.shape[2] == 1:
-            patch, kind = "patch_embed_img.proj", "img_mod_embed"
-        x = self.patches(x, patch)
-        t, h, w = grid = x.shape[1:4]
+        suffix, kind = ("_img", "img") if x.shape[2] == 1 else ("", "video")
+        x = self.patches(x, f"patch_embed{suffix}.proj")
+        grid = t, h, w = x.shape[1:4]
         time, row, column = (torch.arange(size, device=x.device).float() for size in grid)
-        row, column = row * 15 / (h - 1), column * 15 / (w - 1)  # span the 16 x 16 grid it knows
-        turn = turns(time, row, column, pairs=(64 // 3) // 2, total=32)
-        x = x.flatten(1, 3) + self.tensor(kind, 1, 1, self.dim)
+        row, column = row * 15 / max(h - 1, 1), column * 15 / max(w - 1, 1)  # spans 0..15, its grid
+        turn = turns(time, row, column, pairs=10, total=32)
+        x = x.flatten(1, 3) + self.tensor(f"{kind}_mod_embed", 1, 1, self.dim)
         for i in range(self.depth):
             x = self.block(x, i, turn)
         return self.norm(x, "norms_block.3").unflatten(1, grid)
@@ -461,26 +465,27 @@ class VJEPA(Transformer):
 class QwenTower(Transformer):
     """Qwen2.5-VL's vision tower on pairs of frames, up to the norm of its merger.
 
-    In raster order: most blocks attend inside windows of patches cut from the top left, which a
-    mask says as well as upstream's permutation does. Pairs never see each other.
+    In raster order: most blocks attend inside windows of patches, cut from the top left, by a mask
+    instead of upstream's permutation. Pairs never see each other.
     """
 
-    keep = strip = ("visual.", "model.visual.")
+    files, keep = TRANSFORMERS[::-1], ("visual.", "model.visual.")
     size, mean_std, clamp, unused = 224, CLIP, True, ("merger.mlp.",)
     fc1, fc2, act, halves = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", None, True
 
-    def __init__(self, where: Path, state: dict, config: dict):
-        super().__init__(where, state, config)
-        self.dim, _, self.pair, _, p = self.shape("patch_embed.proj.weight", 5)
+    def build(self) -> None:
+        weight = self.tensor("patch_embed.proj.weight", -1, 3, -1, -1, -1)
+        self.dim, _, self.pair, _, p = weight.shape
         self.frames = self.pair  # or 1: every frame is an image, paired with itself
         self.heads = self.number("num_heads", 16, self.dim // 4)
         self.depth = self.count(self.blocks, "depth")
         self.unit = p * self.number("spatial_merge_size", 2)  # windows hold whole groups of patches
         self.window = self.number("window_size", 112) // self.unit * self.unit // p
-        self.full = config.get("fullatt_block_indexes", [7, 15, 23, 31])
+        self.full = self.config.get("fullatt_block_indexes", [7, 15, 23, 31])
         if self.window < 1 or not isinstance(self.full, list):
             raise self.fault("window_size or fullatt_block_indexes is none")
-        self.check(self.encode, self.frames, 3, self.unit, self.unit)
+        facts = {"patch_size": p, "temporal_patch_size": self.pair, "hidden_size": self.dim}
+        self.check(self.encode, self.frames, 3, self.unit, self.unit, **facts)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.tensor(f"{name}.weight"), 1e-6)
@@ -504,25 +509,24 @@ class ViTDecoder(Transformer):
     """Decoder of RAE and Scale-RAE, a ViT-MAE decoder: tokens to the patches of an image."""
 
     files, needs_config = ("model.pt", "*dec*.pt"), (False, False)
-    strip = ("module.", "_orig_mod.")
     blocks, norm1, norm2 = "decoder_layers.", "layernorm_before", "layernorm_after"
     qkv, proj, fc1, fc2 = DINO.qkv, DINO.proj, ("intermediate.dense",), "output.dense"
 
-    def __init__(self, where: Path, state: dict, config: dict):
-        super().__init__(where, state, config)
-        self.dim, self.in_dim = self.shape("decoder_embed.weight", 2)
+    def build(self) -> None:
+        self.dim, self.in_dim = self.tensor("decoder_embed.weight", -1, -1).shape
         self.heads = self.number("decoder_num_attention_heads", 16, self.dim)  # all released: 16
         self.depth = self.count(self.blocks, "decoder_num_hidden_layers")
         self.eps = self.number("layer_norm_eps", 1e-12)
-        self.places = self.shape("decoder_pos_embed", 3)[1]
+        self.places = self.tensor("decoder_pos_embed", 1, -1, self.dim).shape[1]
         self.h = math.isqrt(self.places - 1)
-        self.patch = math.isqrt(self.shape("decoder_pred.bias", 1)[0] // 3)
+        self.patch = math.isqrt(self.tensor("decoder_pred.bias", -1).numel() // 3)
         self.check(self.decode, 1, self.h, self.h, self.in_dim)
 
     def decode(self, z: Tensor) -> Tensor:
         """Map latents (N, h, w, C) to normalised images (N, 3, side p, side p)."""
         x = resize_grid(self.linear(z, "decoder_embed"), (self.h, self.h), "bilinear").flatten(1, 2)
-        x = torch.cat([self.tensor("trainable_cls_token").expand(len(x), -1, -1), x], dim=1)
+        cls = self.tensor("trainable_cls_token", 1, 1, self.dim)
+        x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
         x = x + self.tensor("decoder_pos_embed", 1, self.places, self.dim)
         for i in range(self.depth):
             x = self.block(x, i)
@@ -534,7 +538,7 @@ class KLAutoencoder(Network):
     """The autoencoder of latent diffusion, under the names of LDM (VA-VAE) or diffusers (SD3)."""
 
     files = ("diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors")
-    needs_config, chunk = (False, True), 8
+    needs_config, chunk, ldm = (False, True), 8, False
     names = """
         encoder.down.=encoder.down_blocks. decoder.up.=decoder.up_blocks. .block.=.resnets.
         sample.conv.=samplers.0.conv. mid.block_1.=mid_block.resnets.0.
@@ -543,19 +547,14 @@ class KLAutoencoder(Network):
         norm_out.=conv_norm_out. nin_shortcut.=conv_shortcut.
     """
 
-    def __init__(self, where: Path, state: dict, config: dict):
-        super().__init__(where, state, config)
-        self.diffusers = any(name.startswith("encoder.down_blocks.") for name in state)
+    def build(self) -> None:
         self.groups = self.number("norm_num_groups", 32)  # the dry run finds what does not divide
-        self.dim = self.shape("decoder.conv_in.weight", 4)[1]
+        self.dim = self.tensor("decoder.conv_in.weight", -1, -1, 3, 3).shape[1]
         self.levels = self.count("encoder.down.")
-        self.unit = side = 2 ** (self.levels - 1)
-        self.check(lambda x: self.decode(self.encode(x)), 1, 3, 2 * side, 2 * side)
-
-    def rename(self, name: str) -> str:
-        for pair in self.names.split() if self.diffusers else ():
-            name = name.replace(*pair.split("="))
-        return name
+        self.blocks = self.count("encoder.down.*.block.", "layers_per_block")
+        self.quant, self.unit = self.config.get("use_quant_conv", self.ldm), 2 ** (self.levels - 1)
+        run, side = lambda x: self.decode(self.encode(x)), 2 * self.unit
+        self.check(run, 1, 3, side, side, latent_channels=self.dim)
 
     def group_norm(self, x: Tensor, name: str) -> Tensor:
         weight, bias = self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias")
@@ -576,10 +575,10 @@ class KLAutoencoder(Network):
         y = self.linear(F.scaled_dot_product_attention(q, k, v), f"{name}.proj_out")
         return x + y[:, 0].mT.unflatten(2, x.shape[2:])
 
-    def level(self, x: Tensor, name: str) -> Tensor:
-        for i in range(self.count(f"{name}.block.")):
+    def level(self, x: Tensor, name: str, blocks: int, coarsest: bool) -> Tensor:
+        for i in range(blocks):
             x = self.resnet(x, f"{name}.block.{i}")
-            if self.has(f"{name}.attn.{i}.norm.weight"):
+            if self.ldm and coarsest:  # at any size of x
                 x = self.attention(x, f"{name}.attn.{i}")
         return x
 
@@ -591,22 +590,22 @@ class KLAutoencoder(Network):
         """Map images (N, 3, H, W) to posterior means (N, h, w, C)."""
         x = self.conv(x, "encoder.conv_in", padding=1)
         for i in range(self.levels):
-            x = self.level(x, f"encoder.down.{i}")
-            if i < self.levels - 1:
-                x = F.pad(x, (0, 1, 0, 1))
-                x = self.conv(x, f"encoder.down.{i}.downsample.conv", stride=2)
+            name, coarsest = f"encoder.down.{i}", i == self.levels - 1
+            x = self.level(x, name, self.blocks, coarsest)
+            if not coarsest:
+                x = self.conv(F.pad(x, (0, 1, 0, 1)), f"{name}.downsample.conv", stride=2)
         x = self.layer(self.middle(x, "encoder.mid"), "encoder.norm_out", "encoder.conv_out")
-        x = self.conv(x, "quant_conv") if self.has("quant_conv.weight") else x
+        x = self.conv(x, "quant_conv") if self.quant else x
         return x.chunk(2, dim=1)[0].movedim(1, -1)  # the other half: log variances
 
     def decode(self, z: Tensor) -> Tensor:
         """Map latents (N, h, w, C) to images (N, 3, H, W)."""
         x = z.movedim(-1, 1)
-        x = self.conv(x, "post_quant_conv") if self.has("quant_conv.weight") else x
+        x = self.conv(x, "post_quant_conv") if self.quant else x
         x = self.middle(self.conv(x, "decoder.conv_in", padding=1), "decoder.mid")
         for i in range(self.levels):  # diffusers counts from the coarsest, LDM from the finest
-            name = f"decoder.up.{i if self.diffusers else self.levels - 1 - i}"
-            x = self.level(x, name)
+            name = f"decoder.up.{self.levels - 1 - i if self.ldm else i}"
+            x = self.level(x, name, self.blocks + 1, i == 0)
             if i < self.levels - 1:
                 x = F.interpolate(x, scale_factor=2.0, mode="nearest")
                 x = self.conv(x, f"{name}.upsample.conv", padding=1)
@@ -614,24 +613,20 @@ class KLAutoencoder(Network):
 
 
 class VAVAE(KLAutoencoder):
-    """VA-VAE: the same, in a training checkpoint."""
+    """VA-VAE: LDM's own names, two more convolutions, attention after each of the last resnets."""
 
-    files, containers = ("vavae-imagenet256-f16d32-dinov2.pt", "vavae*.pt"), ("state_dict",)
-    keep, needs_config = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."), (False, False)
+    files = ("vavae-imagenet256-f16d32-dinov2.pt", "vavae*.pt")
+    keep = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    needs_config, ldm, names = (False, False), True, ""
 
 
 class Patches(Network):
-    """No network: z is the p x p x 3 values of a patch, undone exactly.
-
-    A cosine transform, also orthonormal, would only rotate these channels: Gaussian noise, squared
-    error and the world model's first and last layers cannot tell, so the plainest basis is kept.
-    """
+    """No network: z is the p x p x 3 values of a patch, undone exactly."""
 
     chunk = 4096
 
-    def __init__(self, p: int):
-        super().__init__(Path(), {}, {})
-        self.dim, self.unit = 3 * p * p, p
+    def build(self) -> None:
+        self.unit, self.dim = self.config["patch_size"], 3 * self.config["patch_size"] ** 2
 
     def encode(self, x: Tensor) -> Tensor:
         x = x.unflatten(3, (-1, self.unit)).unflatten(2, (-1, self.unit))  # (N, 3, h, p, w, p)
@@ -646,24 +641,29 @@ class Cosmos(Network):
 
     files, chunk = ("encoder.jit",), 8
 
-    def __init__(self, encoder: Path, decoder: Path):
-        super().__init__(encoder, {}, {})
-        self.archives, self.jits = (encoder, decoder), {}
-        _, h, _, self.dim = self.encode(torch.zeros(1, 3, 64, 64)).shape
-        self.unit = 64 // h
+    @torch.no_grad()
+    def build(self) -> None:
+        self.archives, self.jits = (self.where, self.config["decoder"]), {}
+        z = self.encode(torch.zeros(1, 3, 64, 64))
+        self.dim, self.unit = z.shape[-1], 64 // z.shape[1]
+        self.decode(z)
 
-    def run(self, which: int, x: Tensor) -> Tensor:
+    def run(self, i: int, x: Tensor) -> Tensor:
         """Run encoder (0) or decoder (1), loaded for x's device: constants of a trace stay put."""
         try:
-            if (which, x.device) not in self.jits:
-                jit = torch.jit.load(str(self.archives[which]), map_location=x.device).eval()
-                self.jits[which, x.device] = jit
-            jit = self.jits[which, x.device]
-            dtype = next((value.dtype for value in jit.state_dict().values()), torch.float32)
-            out = jit(x.to(dtype))
-        except (RuntimeError, ValueError) as error:
-            raise self.fault(f"does not run as TorchScript ({error})") from error
-        return out[0] if isinstance(out, tuple) else out
+            if (i, x.device) not in self.jits:
+                file = str(self.archives[i])
+                self.jits[i, x.device] = torch.jit.load(file, map_location=x.device).eval()
+            jit = self.jits[i, x.device]
+            dtypes = [value.dtype for value in (*jit.parameters(), *jit.buffers())]
+            out = jit(x.to(dtypes[0] if dtypes else torch.float32))
+            out = out[0] if isinstance(out, tuple) else out
+            _, _, _, _ = out.shape
+        except (RuntimeError, ValueError, AttributeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            what = f"does not map images and latents as TorchScript ({reason})"
+            raise InputError(f"{self.archives[i]}: {what}; fetch it again") from error
+        return out
 
     def encode(self, x: Tensor) -> Tensor:
         return self.run(0, x).movedim(1, -1)
@@ -681,7 +681,7 @@ def load(cls: type, name: str) -> Network:
     """Find, read and build a network: its tensors, from the shards needed, and its config.json."""
     path, state = find(name, *cls.files), {}
     if cls is Cosmos:
-        return Cosmos(path, beside(path, name, "decoder.jit"))
+        return Cosmos(path, {}, {"decoder": beside(path, name, "decoder.jit")})
     shards, config = [path.name], path.parent / "config.json"
     if path.suffix == ".json":
         table = read_json(path, "weight_map")
@@ -689,7 +689,7 @@ def load(cls: type, name: str) -> Network:
         if not all(re.fullmatch(r"\w[\w.-]*", shard) for shard in shards):
             raise InputError(f"{path}: weight_map holds more than names of files; fetch it again")
     for shard in shards:
-        state |= read_tensors(beside(path, name, shard), cls.keep, cls.strip, cls.containers)
+        state |= read_tensors(beside(path, name, shard), cls.keep)
     if cls.needs_config[not Path(name).expanduser().exists()]:
         config = beside(path, name, "config.json")
     return cls(path, state, read_json(config, "vision_config") if config.is_file() else {})
@@ -708,19 +708,17 @@ class BaseAutoencoder(nn.Module):
 
     latent_dim       channels C of a latent
     temporal_stride  frames a latent stands for
-    has_decoder      whether decode works
     fingerprint      names the latent space: type, weights and options; the decoder has no part
     dtype            of the networks; none: bfloat16 on CUDA, float32 elsewhere
     """
 
     dtype: torch.dtype | None = None
-    values_checked = False
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         kind = config.encoder_type
         if kind == "pixels":
-            network = Patches(config.patch_size)
+            network = Patches(Path(), {}, {"patch_size": config.patch_size})
         else:
             network = load(NETWORKS[kind], config.weights or RELEASES[kind])
         network.frames = 1 if config.qwen_mode == "image" else network.frames
@@ -728,19 +726,19 @@ class BaseAutoencoder(nn.Module):
         self.config, self.network, self.decoder = config, network, None
         self.latent_dim, self.temporal_stride = network.dim, network.frames
         self.image_size = config.image_size or network.size
-        self.has_decoder = hasattr(network, "decode") or bool(config.decoder_weights)
-        if config.decoder_weights:
+        release = kind in DECODERS and network.dim == int(ROWS[kind][1].split("x")[2])
+        self.has_decoder = hasattr(network, "decode") or bool(config.decoder_weights) or release
+        if config.decoder_weights:  # the release's is fetched when it is needed
             self.decoder = load_decoder(config, network.dim)
-        elif kind in DECODERS:  # the release's, fetched when it is needed
-            self.has_decoder = f"{kind} 16x16x{network.dim} " in " ".join(TABLE.split())
         stats = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)  # mean, std of the latents
         if kind == "vae":  # z = (mean - shift) scale
-            stats[0] = network.number("shift_factor", 0.0609) * config.sd3_shift
+            stats[0] = network.number("shift_factor", 0.0609) if config.sd3_shift else 0
             stats[1] = 1 / network.number("scaling_factor", 1.5305)
         if config.latent_stats or config.standardize:
-            own = network.where.parent / "latents_stats.pt"
-            name = config.latent_stats or (str(own) if own.is_file() else STATISTICS[kind])
-            stats = read_stats(find(name, "latents_stats.pt", "stat.pt"), network.dim)
+            files, home = ("latents_stats.pt", "stat.pt"), network.where.parent
+            own = [home / file for file in files if (home / file).is_file()]
+            name = config.latent_stats or [*own, STATISTICS[kind]][0]
+            stats = read_stats(find(name, *files), network.dim)
         mean_std = torch.tensor(network.mean_std).view(2, 3, 1, 1)
         self.register_buffer("stats", stats, persistent=False)
         self.register_buffer("mean_std", mean_std, persistent=False)
@@ -748,7 +746,7 @@ class BaseAutoencoder(nn.Module):
         facts += [hashlib.sha256(path.read_bytes()).digest() for path in network.archives[:1]]
         for name, value in (*network.state_dict().items(), ("stats", stats)):
             bits = value.view(torch.int32).sum(dtype=torch.int64).item()  # exact in any order
-            facts += [name, tuple(value.shape), bits]
+            facts += [name.removeprefix(network.prefix), tuple(value.shape), bits]
         self.fingerprint = f"{kind}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
         self.eval()  # there is nothing to train: not one parameter, and no layer with two modes
 
@@ -763,16 +761,15 @@ class BaseAutoencoder(nn.Module):
             return torch.cat([call(part.to(device, non_blocking=True)).float() for part in parts])
 
     def check_frames(self, frames: Tensor) -> None:
-        """Refuse what is no video. On CUDA only the first batch's values are read: a host sync."""
+        """Refuse what is no video."""
         if frames.ndim < 4 or frames.shape[-1] != 3 or 0 in frames.shape:
             raise InputError(f"frames are {tuple(frames.shape)}; give (B, T, H, W, 3), RGB last")
         size, unit = [self.image_size or side for side in frames.shape[-3:-1]], self.network.unit
         if size[0] % unit or size[1] % unit:
             what = f"{size[0]}x{size[1]} pixels: {self.config.encoder_type}"
             raise InputError(f"{what} needs multiples of {unit}; crop them or set image_size")
-        if frames.dtype == torch.uint8 or (frames.is_cuda and self.values_checked):
+        if frames.dtype == torch.uint8:
             return
-        self.values_checked = frames.is_cuda
         low, high = (value.item() for value in torch.aminmax(frames))
         if not (frames.is_floating_point() and low >= -1e-3 and high <= 1.001):  # refuses NaN too
             what = f"frames are {frames.dtype} from {low:.4g} to {high:.4g}"
@@ -811,7 +808,7 @@ class BaseAutoencoder(nn.Module):
         ->  (B, T', H, W, 3)    float32
         Raises InputError when this encoder has no decoder or the latents are another's.
         """
-        kind = self.config.encoder_type
+        kind, z = self.config.encoder_type, torch.as_tensor(z)
         if not self.has_decoder:
             what = f"{kind} has no decoder{' unless you name decoder_weights' * (kind in DECODERS)}"
             remedy = f"python train_adapter.py --encoder_type {kind} --use_pixel_decoder true"
@@ -844,35 +841,32 @@ class Args(EncoderConfig):
 def main() -> None:
     args = data.parse_args(Args)
     if args.image is None:
-        for row in TABLE.splitlines():
-            kind, name, found = row.split()[0], row.split()[-1], "yes"
-            decoder = "yes" if "+" in row[:45] else "no"
+        head, *rows = (f"{row:105}" for row in TABLE.splitlines())
+        print(f"{head}found")
+        for row, (kind, name) in zip(rows, RELEASES.items(), strict=True):
             try:
-                find(name, *NETWORKS[kind].files, download=False)
+                found = kind == "pixels" or find(name, *NETWORKS[kind].files, download=False)
             except MissingFileError:
-                found = "yes" if kind == "pixels" else "no"
-            except KeyError:  # the head of the table
-                decoder, found = "decoder", "found"
-            print(f"{row[:45]}{decoder:8}{found:6}{row[45:]}")
+                found = False
+            print(f"{row}{'yes' if found else 'no'}")
         return
-    encoder, file = create_autoencoder(args), Path(args.image)
-    if not file.is_file():
-        raise MissingFileError(f"{file}: no such picture; check the path")
-    frames = torch.from_numpy(data.decode_frame(file.read_bytes(), 256, str(file)).copy())[None]
+    try:
+        photo = Image.open(args.image).convert("RGB").resize((256, 256), Image.Resampling.BICUBIC)
+    except OSError as error:
+        raise InputError(f"{args.image}: no readable picture ({error}); check the path") from error
+    frames = torch.frombuffer(bytearray(photo.tobytes()), dtype=torch.uint8).view(1, 256, 256, 3)
+    encoder, frames = create_autoencoder(args), frames / 255
     z = encoder.encode(frames)  #                                           (T = 1, h, w, C)
-    rgb = z[0].flatten(0, 1) - z[0].mean((0, 1))
-    rgb = rgb @ torch.linalg.svd(rgb, full_matrices=False)[2][:3].T
-    low, high = rgb.quantile(torch.tensor([0.01, 0.99]), dim=0)
-    rgb = ((rgb - low) / (high - low).clamp(min=1e-6)).view(*z.shape[1:3], 3)
-    pictures = [frames[0], *(encoder.decode(z) if encoder.has_decoder else ()), rgb]
-    sheet = Image.new("RGB", (256 * len(pictures), 256))
-    for i, picture in enumerate(pictures):
-        tile = Image.fromarray(data.to_uint8(picture)).resize((256, 256), Image.Resampling.NEAREST)
-        sheet.paste(tile, (256 * i, 0))
+    x = z[0] - z[0].mean((0, 1))
+    rgb = x @ torch.linalg.svd(x.flatten(0, 1), full_matrices=False)[2][:3].T
+    low, high = rgb.flatten(0, 1).quantile(torch.tensor([0.01, 0.99]), dim=0)
+    pictures = [frames[0], *(encoder.decode(z) if encoder.has_decoder else ())]
+    pictures += [(rgb - low) / (high - low).clamp(min=1e-6)]
+    tiles = [F.interpolate(picture.movedim(-1, 0)[None], 256)[0] for picture in pictures]
+    sheet = Image.fromarray(data.to_uint8(torch.cat(tiles, dim=2).movedim(0, -1)))
     data.write_atomic(args.output, lambda path: sheet.save(path, "PNG"))
-    print(
-        f"{args.output}: input, {'reconstruction, ' * encoder.has_decoder}latents {tuple(z.shape[1:])}"
-    )
+    middle = "reconstruction, " * encoder.has_decoder
+    print(f"{args.output}: input, {middle}latents {tuple(z.shape[1:])}")
 
 
 if __name__ == "__main__":

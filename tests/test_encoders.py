@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def randomise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, value in tensors.items():
         out[name] = torch.randn(value.shape)
         if value.ndim > 1:
-            out[name] *= (value[0].numel() if value.ndim > 1 else 1) ** -0.5
+            out[name] *= value[0].numel() ** -0.5
         elif name.endswith("weight") or "lambda" in name:
             out[name] = 1 + 0.3 * out[name]
     return out
@@ -327,7 +328,7 @@ def diffusers_name(name, levels):
         i = int(part[2]) if part[1] == "down" else levels - 1 - int(part[2])
         rest = ".".join(part[4:]).replace("nin_shortcut", "conv_shortcut")
         kind = {"block": f"resnets.{rest}"}.get(part[3], f"{part[3]}rs.0.conv.{part[-1]}")
-        return f"{part[0]}.{part[1]}_blocks.{i}.{kind.replace('samplers', 'samplers')}"
+        return f"{part[0]}.{part[1]}_blocks.{i}.{kind}"
     if part[1] == "mid" and part[2] == "attn_1":
         return f"{part[0]}.mid_block.attentions.0.{attention[part[3]]}.{part[4]}"
     if part[1] == "mid":
@@ -353,6 +354,7 @@ def sd3(folder):
 class JitEncoder(nn.Module):
     def __init__(self):
         super().__init__()
+        self.register_buffer("haar", torch.ones(1))  # before any parameter, and never half
         self.conv = nn.Conv2d(3, 6, 8, stride=8)
 
     def forward(self, x):
@@ -361,7 +363,8 @@ class JitEncoder(nn.Module):
 
 def cosmos(folder, dtype=torch.bfloat16):
     folder.mkdir(parents=True)
-    encoder, decoder = JitEncoder().to(dtype), nn.ConvTranspose2d(6, 3, 8, stride=8).to(dtype)
+    encoder, decoder = JitEncoder(), nn.ConvTranspose2d(6, 3, 8, stride=8).to(dtype)
+    encoder.conv.to(dtype)
     with torch.no_grad():
         torch.jit.trace(encoder, torch.zeros(1, 3, 16, 16)).save(str(folder / "encoder.jit"))
         z = torch.zeros(1, 6, 2, 2, dtype=dtype)
@@ -385,8 +388,8 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
-    def fail(*args, local_files_only=False, **kwargs):
-        raise OSError("no network in tests")
+    def fail(*args, **kwargs):
+        raise urllib.error.URLError("no network in tests")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     monkeypatch.setattr("torch.hub.download_url_to_file", fail)
@@ -582,7 +585,9 @@ def test_vjepa_agrees_with_its_description(tmp_path):
     want = torch.stack([vjepa_reference(state, image) for image in x])[None]
     torch.testing.assert_close(encoder.encode(frames), want, **CLOSE)
     default = create_autoencoder(EncoderConfig("vjepa2", str(tmp_path / "v.pt")))
-    assert default.encode(frames).shape == (1, 2, 16, 16, 128)
+    assert default.encode(frames[:, :1]).shape == (1, 1, 16, 16, 128)
+    single = create_autoencoder(EncoderConfig("vjepa2", str(tmp_path / "v.pt"), image_size=16))
+    assert single.encode(frames).isfinite().all()  # one patch: its position is 0, not 0 / 0
 
 
 @pytest.mark.parametrize("side, image", [(98, 98), (126, 98), (56, 98)])
@@ -608,6 +613,8 @@ def test_web_dino_agrees_with_transformers(tmp_path, side, swiglu):
         tokens = model(resized(frames[0], side)).last_hidden_state[:, 1:]
     want = tokens.view(1, 2, side // 14, side // 14, 48)
     torch.testing.assert_close(create_autoencoder(config).encode(frames), want, **CLOSE)
+    released = create_autoencoder(EncoderConfig("scale_rae_webssl", str(tmp_path)))
+    assert released.image_size == 224  # whatever table of positions the file has
 
 
 @pytest.mark.parametrize("tower_only", [False, True])
@@ -688,7 +695,7 @@ def test_the_decoder_of_a_release_is_fetched_when_it_is_needed(offline, monkeypa
     dino(tmp_path / "encoder")
     config = EncoderConfig("rae", str(tmp_path / "encoder"), image_size=70)
     assert not create_autoencoder(config).has_decoder
-    monkeypatch.setattr(encoders, "TABLE", encoders.TABLE.replace("16x16x768 ", "16x16x48 "))
+    monkeypatch.setitem(encoders.ROWS, "rae", ["rae", "16x16x48"])
     encoder = create_autoencoder(config)  # as wide as the release: as if it were it
     z = encoder.encode(torch.rand(1, 1, 70, 70, 3))
     assert encoder.has_decoder
@@ -724,6 +731,15 @@ def test_cosmos_runs_archives_in_their_own_dtype(tmp_path, dtype):
     torch.testing.assert_close(encoder.decode(z)[0], image.clamp(0, 1).movedim(1, -1))
     with pytest.raises(InputError, match="8"):
         encoder.encode(torch.rand(1, 1, 20, 16, 3))
+    for file in ("encoder.jit", "decoder.jit"):
+        cosmos(tmp_path / file, dtype)
+        for damaged in (b"", (tmp_path / file / file).read_bytes()[:900]):
+            (tmp_path / file / file).write_bytes(damaged)
+            with pytest.raises(InputError, match=f"{file}: does not"):
+                create_autoencoder(EncoderConfig("cosmos", weights=str(tmp_path / file)))
+        (tmp_path / file / file).unlink()
+        with pytest.raises(MissingFileError, match=file):
+            create_autoencoder(EncoderConfig("cosmos", weights=str(tmp_path / file)))
 
 
 def test_golden_sd3(shared):
@@ -765,10 +781,10 @@ def test_golden_qwen(shared):
 
 FULL = {
     "sd3_vae": lambda s: encoders.KLAutoencoder(Path("x"), s, {}),
-    "vavae_f16d32": lambda s: encoders.KLAutoencoder(Path("x"), s, {}),
+    "vavae_f16d32": lambda s: encoders.VAVAE(Path("x"), s, {}),
     "dinov2_with_registers_base": lambda s: encoders.RAE(Path("x"), s, {}),
     "webssl_dino300m_full2b_224": lambda s: encoders.DINO(
-        Path("x"), s, {"num_attention_heads": 16}
+        Path("x"), s, {"num_attention_heads": 16, "use_swiglu_ffn": True}
     ),
     "siglip2_so400m_patch14_224_vision": lambda s: encoders.SigLIP(
         Path("x"), s, {"num_attention_heads": 16}
@@ -785,20 +801,16 @@ FULL = {
 @pytest.mark.parametrize("name", FULL)
 def test_full_size_networks_have_exactly_the_public_tensors(shared, name):
     table = json.loads((shared / "keys" / f"{name}.json").read_text())
-    strip = ("vision_model.", "visual.")
-    state = {
-        next((k[len(p) :] for p in strip if k.startswith(p)), k): torch.empty(v, device="meta")
-        for k, v in table.items()
-    }
+    state = {key: torch.empty(shape, device="meta") for key, shape in table.items()}
     network = FULL[name](dict(state))
-    unasked = {name for name in state if name not in network.asked}
-    assert all(name.startswith(network.unused) for name in unasked)
+    unasked = {name.removeprefix(network.prefix) for name in state if name not in network.asked}
+    assert all(name.startswith(network.unused) for name in unasked) and not network.missing
     for spoiled in (sorted(network.asked)[0], sorted(network.asked)[-1]):
         without = {name: value for name, value in state.items() if name != spoiled}
         with pytest.raises(InputError, match=spoiled.replace(".", r"\.")):
             FULL[name](without)
-    with pytest.raises(InputError, match="surplus"):
-        FULL[name](state | {"surplus.weight": torch.empty(1, device="meta")})
+    with pytest.raises(InputError, match=r"unexpected .*surplus"):
+        FULL[name](state | {f"{network.prefix}surplus.weight": torch.empty(1, device="meta")})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -812,7 +824,7 @@ def small(kind, folder):
         sd3(folder / "vae")
         return {"weights": str(folder)}, folder / "vae/diffusion_pytorch_model.safetensors"
     if kind == "vavae":
-        vavae(folder / "vavae.pt")
+        vavae(folder / "vavae.pt", mult=(1, 1, 2))
         return {"weights": str(folder)}, folder / "vavae.pt"
     if kind == "vjepa2":
         vjepa(folder / "v.pt")
@@ -860,36 +872,82 @@ def needed(state):
 def test_a_missing_surplus_or_misshapen_tensor_is_named(tmp_path, kind):
     options, file = small(kind, tmp_path)
     build(kind, options)
-    whole = file.read_bytes()
-    state = {}
+    whole, state = file.read_bytes(), {}
     rewrite(file, state.update)
-    stripped = ("module.backbone.", "vision_model.", "model.visual.", "visual.")
     names = [k for k in needed(state) if not (kind == "rae" and k.startswith("layernorm."))]
-    for name in [names[i * len(names) // 6] for i in range(6)] + names[-1:]:
-        bare = next((name[len(p) :] for p in stripped if name.startswith(p)), name)
-        for change in (lambda s, n=name: s.pop(n), lambda s, n=name: s.update({n: s[n][:1]})):
-            file.write_bytes(whole)
-            if (
-                state[name].shape[0] == 1
-                and change.__defaults__
-                and "update" in change.__code__.co_names
-            ):
-                continue
-            rewrite(file, change)
-            with pytest.raises(InputError) as error:
-                build(kind, options)
-            assert str(file) in str(error.value)
-            if "pop" in change.__code__.co_names:
-                assert bare in str(error.value)
-    file.write_bytes(whole)
-    prefix = next((p for p in stripped if names[0].startswith(p)), "")
-    prefix = "encoder." if kind == "vavae" else prefix
-    rewrite(file, lambda s: s.update({f"{prefix}surplus.weight": torch.ones(2)}))
-    with pytest.raises(InputError, match="surplus"):
+
+    def fault(change):
+        """Return what is said about the file after a change of its tensors."""
+        file.write_bytes(whole)
+        rewrite(file, change)
+        with pytest.raises(InputError) as error:
+            build(kind, options)
+        assert str(file) in str(error.value)
+        return str(error.value)
+
+    for name in [names[i * len(names) // 5] for i in range(5)] + names[-1:]:
+        assert name in fault(lambda s, name=name: s.pop(name))
+        if state[name].shape[0] > 1:
+            message = fault(lambda s, name=name: s.update({name: s[name][:1]}))
+            assert name.rpartition(".")[0] in message or "its tensors say 1" in message
+    surplus = f"{names[0]}.surplus"
+    assert f"unexpected tensors: {surplus}" in fault(lambda s: s.update({surplus: torch.ones(2)}))
+    like = ((k, k.replace(".0.", ".1.")) for k in names if ".0." in k)
+    name = next(name for name, other in like if other in state)  # which lets the check go on
+    message = fault(lambda s: s.update({f"{name}.renamed": s.pop(name)}))
+    assert f"missing tensors: {name} and unexpected tensors: {name}.renamed" in message
+    message = fault(lambda s: s.update({name: torch.full_like(s[name], float("nan"))}))
+    assert name in message and "finite" in message
+
+
+@pytest.mark.parametrize(
+    "kind, part",
+    [
+        ("rae", "embeddings.register_tokens"),
+        ("vavae", "quant_conv."),
+        ("vavae", "post_quant_conv."),
+        ("vavae", "encoder.down.2.attn."),
+        ("vavae", "decoder.up.2.attn."),
+        ("vavae", "encoder.down.1.block.1."),
+        ("vae", "decoder.up_blocks.2.resnets.2."),
+        ("scale_rae_webssl", "encoder.layer.2."),
+        ("scale_rae_siglip", "vision_model.encoder.layers.2."),
+        ("vjepa2", "module.backbone.patch_embed_img."),
+        ("decoder", "trainable_cls_token"),
+    ],
+)
+def test_what_is_left_out_whole_is_missed(tmp_path, kind, part):
+    options, file = small(kind, tmp_path)
+    rewrite(file, lambda s: [s.pop(name) for name in list(s) if name.startswith(part)])
+    with pytest.raises(InputError, match="missing tensors: .*" + part.replace(".", r"\.")):
+        build(kind, options)
+
+
+@pytest.mark.parametrize(
+    "kind, key",
+    [
+        ("rae", "hidden_size"),
+        ("rae", "image_size"),
+        ("scale_rae_webssl", "patch_size"),
+        ("scale_rae_siglip", "image_size"),
+        ("qwen", "hidden_size"),
+        ("vae", "latent_channels"),
+    ],
+)
+def test_a_config_of_another_network_is_refused(tmp_path, kind, key):
+    options, file = small(kind, tmp_path)
+    config = file.parent / "config.json"
+    values = json.loads(config.read_text())
+    values.get("vision_config", values)[key] = 7
+    config.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=f"{key} is 7, its tensors say"):
         build(kind, options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings(
+    "ignore:Defining your"
+)  # torch's own, about what the bytes happen to say
 def test_damaged_files_give_one_sentence_or_load(tmp_path, kind):
     options, file = small(kind, tmp_path)
     whole, generator = file.read_bytes(), np.random.default_rng(0)
@@ -1046,6 +1104,7 @@ def test_offline_one_sentence_says_what_whence_and_where_to(offline, kind):
     message = str(error.value)
     assert encoders.RELEASES[kind].split("/")[0] in message and f"weights/{kind}" in message
     assert any(word in message for word in (".safetensors", ".pt", ".jit"))
+    assert len(message.split(". ")) == 1 and "no connection" in message
 
 
 def test_the_folder_weights_stands_for_a_release(offline, tmp_path):
@@ -1055,6 +1114,18 @@ def test_the_folder_weights_stands_for_a_release(offline, tmp_path):
     (tmp_path / "made.pt").rename(folder / "vjepa2_1_vitl_dist_vitG_384.pt")
     encoder = create_autoencoder(EncoderConfig("vjepa2"))
     assert encoder.latent_dim == 128
+
+
+def test_a_decoder_in_its_folder_does_not_hide_the_encoder_elsewhere(
+    offline, monkeypatch, tmp_path
+):
+    rae_decoder(tmp_path / "weights/rae/decoder")
+    dino(tmp_path / "cache")
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download",
+        lambda repo, file, local_files_only: str((tmp_path / "cache" / file).resolve(strict=True)),
+    )
+    assert create_autoencoder(EncoderConfig("rae", image_size=56)).latent_dim == 48
 
 
 def test_a_download_is_asked_for_by_its_exact_name(monkeypatch, tmp_path):
@@ -1112,15 +1183,29 @@ def test_the_table_names_every_encoder(tmp_path):
         assert kind in out.stdout
 
 
-def test_a_picture_shows_input_reconstruction_and_latents(tmp_path):
-    Image.fromarray((np.random.default_rng(0).random((50, 80, 3)) * 255).astype(np.uint8)).save(
-        tmp_path / "photo.png"
-    )
-    out = run("--encoder_type", "pixels", "--image", "photo.png", cwd=tmp_path)
-    assert out.returncode == 0, out.stderr
+def test_a_picture_shows_input_reconstruction_and_latents(tmp_path, monkeypatch, capsys):
+    photo = np.random.default_rng(0).random((50, 80, 3)) * 255
+    Image.fromarray(photo.astype(np.uint8)).save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+
+    def show(*words):
+        monkeypatch.setattr(sys, "argv", ["encoders.py", *words])
+        encoders.data.run_cli(encoders.main)
+        return capsys.readouterr().out
+
+    out = show("--encoder_type", "pixels", "--image", "photo.png")
+    assert out == "encoder.png: input, reconstruction, latents (16, 16, 768)\n"
     written = Image.open(tmp_path / "encoder.png")
     assert written.size == (768, 256)
     left = np.asarray(written)[:, :256].astype(int)
     assert abs(left - np.asarray(written)[:, 256:512]).max() <= 1  # pixels lose nothing
-    out = run("--encoder_type", "pixels", "--image", "nosuch.png", cwd=tmp_path)
-    assert out.returncode == 2 and "nosuch.png" in out.stderr and "Traceback" not in out.stderr
+    vjepa(tmp_path / "v.pt")
+    words = ("--encoder_type", "vjepa2", "--weights", "v.pt", "--output", "two.png")
+    out = show(*words, "--image_size", "64", "--image", "photo.png")
+    assert out == "two.png: input, latents (4, 4, 128)\n"
+    written = np.asarray(Image.open("two.png"))
+    assert written.shape == (256, 512, 3) and len(np.unique(written[:, 256:], axis=0)) <= 4
+    for image in ("nosuch.png", "v.pt"):
+        with pytest.raises(SystemExit) as stop:
+            show("--encoder_type", "pixels", "--image", image)
+        assert stop.value.code == 2 and image in capsys.readouterr().err
