@@ -44,6 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
+import encoders
 from data import Clip, ClipSampler, EpisodeDataset, InputError, write_atomic
 from diffusion import OBJECTIVES, draw, time_shift
 from dit import DIT_SIZES, DiT, DiTConfig, load_dit
@@ -62,6 +63,16 @@ FIXED = (  # what resuming may not change
 ).split()
 # Dense bfloat16 TFLOP/s by the name of the device; elsewhere model FLOPs utilisation stays blank.
 PEAKS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
+BANDWIDTHS = {"B200": 8, "H200": 4.8, "H100": 3.35, "A100": 2.04, "L40S": 0.86, "RTX 4090": 1.01}
+ENCODER_GFLOP = {  # per 256x256 frame, 2 per multiply-add  [the paper, table 4]; others: unknown
+    "vae": 270.8,
+    "vavae": 137.9,
+    "cosmos": 47.6,
+    "vjepa2": 154.7,
+    "scale_rae_webssl": 155.8,
+    "scale_rae_siglip": 211.9,
+}
+BRIDGE_CLIPS, BRIDGE_FRAMES, DRY_MFU = 51_000, 2e6, 0.3  # clips an epoch, frames; assumed share
 
 
 @dataclass
@@ -122,6 +133,7 @@ class Args:
     log_every: int = 10  # steps between lines of log.csv
     val_every: int = 2000  # steps between validations
     val_clips: int = 64  # held-out clips rolled out by a validation
+    dry_run: int = 0  # print what the run would need and take on so many GPUs, and stop
     save_every: int = 1000  # steps between checkpoints
 
     def __post_init__(self):
@@ -553,9 +565,89 @@ def freeze(dit: DiT, prefixes: str) -> list[str]:
     return frozen
 
 
+def count_costs(config: DiTConfig, h: int, w: int) -> tuple[int, float, float]:
+    """Count without computing: parameters, forward FLOPs a frame, bytes kept for the backward pass.
+
+    h, w  the latent grid of one view. The bytes are those of a clip in bfloat16 and eager mode,
+    every tensor that autograd keeps; a compiled model keeps fewer.
+    """
+    kept = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[id(x.untyped_storage())] = x.untyped_storage()
+        return x
+
+    T, C = config.max_frames, config.in_channels
+    shapes = (h, w * config.num_views, C), (), (config.action_dim,)
+    with torch.device("meta"), FlopCounterMode(display=False) as flops:
+        dit = DiT(config).bfloat16()
+        weights = {id(p.untyped_storage()) for p in dit.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            dit(*(torch.empty(1, T, *shape, dtype=torch.bfloat16) for shape in shapes))
+    activations = sum(x.nbytes() for key, x in kept.items() if key not in weights)
+    return sum(p.numel() for p in dit.parameters()), flops.get_total_flops() / T, activations
+
+
+def dry_run(args: Args, world: int) -> None:
+    """Print the cost of a run on `world` processes; no file is read and nothing is computed."""
+    kind, T = args.encoder_type, args.num_frames
+    h, w, C = map(int, encoders.ROWS[kind][1].split("x"))
+    if kind == "pixels":
+        h, w, C = *[args.image_size // args.pixel_patch] * 2, 3 * args.pixel_patch**2
+    native = kind in NATIVE_SEMANTIC and args.adapter_type == "identity"
+    C = args.adapter_latent_dim or (C if args.adapter_type == "identity" else 96)
+    config = DiTConfig(
+        C,
+        args.dit_patch or (2 if kind == "vae" else 1),
+        **DIT_SIZES[args.dit_size],
+        max_frames=T,
+        wide_head=native if args.wide_head is None else args.wide_head,
+        temporal_mode=args.temporal_mode,
+        num_views=args.num_views,
+        view_rope=args.view_rope,
+    )
+    count, forward, kept = count_costs(config, h, w)
+    batch, V = args.batch_size * args.grad_accum * world, args.num_views
+    encoder = 0 if args.cache_latents else 1e9 * ENCODER_GFLOP.get(kind, 0) * V
+    clip, latent = T * (3 * forward + encoder), 2 * V * h * w * C  # FLOPs, bytes of a frame in bf16
+    parts = {"weights": 4, "gradients": 4, "AdamW": 8, "average": 4}  # bytes a parameter
+    parts = {name: size * count / 1e9 for name, size in parts.items()}
+    parts["activations"] = kept * args.batch_size / 1e9
+    print(f"""\
+DiT-{args.dit_size}, {count / 1e6:.1f} M parameters; latents {V} x {h} x {w} x {C}, {T} frames a clip
+a frame: {forward / 1e9:.1f} GFLOP forward, three times that in training; its encoder {encoder / 1e9:.1f}
+a step: {batch} clips on {world} processes, {batch * clip / 1e12:.1f} TFLOP
+memory a process: {sum(parts.values()):.1f} GB = {", ".join(f"{k} {v:.1f}" for k, v in parts.items())} \
+(bfloat16, eager)
+latent cache of Bridge V2 ({BRIDGE_FRAMES / 1e6:.0f} M frames): {BRIDGE_FRAMES * latent / 1e12:.2f} TB
+
+training at a model FLOPs utilisation of {DRY_MFU:.0%}, {args.num_epochs} epochs of {BRIDGE_CLIPS} \
+clips, GB/s read from a cache;
+rollout of one video, frames/s: exact ({T + 9} frame passes a frame) and rolling (11) at that \
+utilisation, and the most that reading the weights allows
+GPU        clips/s   hours    GB/s    exact  rolling  reading""")
+    for name, peak in PEAKS.items():
+        speed = DRY_MFU * peak * 1e12
+        clips, frames = world * speed / clip, speed / forward
+        read = BANDWIDTHS[name] * 1e12 / (2 * count) / 11  # once a context or denoising pass
+        hours = args.num_epochs * BRIDGE_CLIPS / clips / 3600
+        print(
+            f"{name:9} {clips:8.1f} {hours:7.1f} {clips * T * latent / 1e9:7.2f} "
+            f"{frames / (T + 9):8.1f} {frames / 11:8.1f} {read:8.0f}"
+        )
+    print("\nthe paper on four H100 (batch 16 and 5 a GPU, Web-DINO, 96 channels):")
+    for size, clips, hours in (("S", 218, "6-7 h"), ("L", 33, "34 h")):
+        config = DiTConfig(96, 1, **DIT_SIZES[size])
+        clip = 10 * (3 * count_costs(config, 16, 16)[1] + 155.8e9)
+        mfu = clips * clip / (4 * PEAKS["H100"] * 1e12)
+        print(f"DiT-{size} {hours}, about {clips} clips/s: an MFU of {mfu:.1%}, encoder included")
+
+
 def main() -> None:
     # 1. Flags, processes, seed.
     args, proc = begin()
+    if args.dry_run:
+        return dry_run(args, args.dry_run)
     on_cuda = proc.device.type == "cuda"
     if (use_bf16 := args.bf16) is None:  # where the processor multiplies it faster than float32
         use_bf16 = on_cuda or torch.cpu._is_avx512_bf16_supported()
