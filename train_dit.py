@@ -489,6 +489,13 @@ def latent_statistics(space, dataset, cached: bool) -> tuple[Tensor, Tensor]:
     return mean.float(), std.clamp_min(1e-3 * std.max()).float()
 
 
+def pretrained_scale(args: Args) -> list[Tensor]:
+    """Return mean and standard deviation of the latents that --pretrained_checkpoint learned on."""
+    path = args.pretrained_checkpoint or ""
+    tensors = data.load_tensors(path)[0] if path.endswith(".safetensors") else {}
+    return [tensors[name] for name in ("latent.mean", "latent.std") if name in tensors]
+
+
 def dream(dit, objective, space, frames, actions, args, seeds) -> tuple[Tensor, Tensor]:
     """Encode clips, roll out all but their history: (z of the clips, z with a dreamed future).
 
@@ -648,6 +655,7 @@ def main() -> None:
     args, proc = begin()
     if args.dry_run:
         return dry_run(args, args.dry_run)
+    say = print if proc.rank == 0 else lambda *_: None
     on_cuda = proc.device.type == "cuda"
     if (use_bf16 := args.bf16) is None:  # where the processor multiplies it faster than float32
         use_bf16 = on_cuda or torch.cpu._is_avx512_bf16_supported()
@@ -679,7 +687,9 @@ def main() -> None:
     shown = dataclasses.replace(config, variable_history=False)
     clips = spread_clips(EpisodeDataset(shown, "test"), args.val_clips)
     train_clips = spread_clips(EpisodeDataset(shown, "train"), 4)
-    if args.standardize:
+    if args.standardize and (scale := pretrained_scale(args)):  # what those weights know
+        space.mean, space.std = (x.to(proc.device) for x in scale)
+    elif args.standardize:
         space.mean, space.std = latent_statistics(space, train_set, latents is not None)
 
     # 4. The trained model.
@@ -701,7 +711,9 @@ def main() -> None:
     if args.pretrained_checkpoint and not args.resume:
         weights = load_dit(args.pretrained_checkpoint).state_dict()
         data.load_strictly(dit, weights, args.pretrained_checkpoint)
-    freeze(dit, args.freeze)
+        say(f"copied {len(weights)} tensors from {args.pretrained_checkpoint}; none is new")
+    if frozen := freeze(dit, args.freeze):
+        say(f"frozen: {', '.join(frozen)}")
     tokens = z.shape[2] * z.shape[3] // args.num_views // patch**2
     if (shift := args.shift) is None:
         shift = 1.0 if args.encoder_type == "vae" else time_shift(tokens, space.latent_dim)

@@ -482,3 +482,21 @@ def test_a_dry_run_reads_nothing_and_scales_with_gpus_and_cache(capsys):
     parameters = sum(p.numel() for p in model.parameters())
     assert hours(1) == pytest.approx(4 * hours(4), rel=0.05)
     assert hours(1, cache_latents=True) < 0.5 * hours(1)  # most of it is the encoder's
+
+
+def test_one_view_becomes_three_and_frozen_parameters_stay(episodes, straight, tmp_path, capsys):
+    single = straight / "world_model.safetensors"
+    flags = "--num_views", 3, "--pretrained_checkpoint", single, "--max_steps", 1, "--lr", 1
+    folder = train(episodes, tmp_path / "run", *flags, "--freeze", "blocks.0.t_block,x_proj")
+    before, after = (load_tensors(f / "world_model.safetensors") for f in (straight, folder))
+    out = capsys.readouterr().out
+    copied = [name for name in before[0] if name.startswith("dit.")]
+    assert f"copied {len(copied)} tensors from {single}; none is new" in out
+    assert "frozen: " in out and after[1]["dit_config"]["num_views"] == 3
+    assert torch.equal(before[0]["latent.mean"], after[0]["latent.mean"])  # as the weights know it
+    average, dit = load_torch(straight / "last.pt")["ema"], load_torch(folder / "last.pt")["dit"]
+    kept = {name for name in dit if torch.equal(dit[name], average[name])}
+    frozen = set(out.partition("frozen: ")[2].splitlines()[0].split(", "))
+    parameters = {name for name, _ in load_dit(single).named_parameters()}
+    assert frozen == {n for n in parameters if n.startswith(("blocks.0.t_block", "x_proj"))}
+    assert kept & parameters == frozen
