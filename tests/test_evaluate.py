@@ -815,14 +815,14 @@ def test_the_text_probe_reads_the_instruction():
 
 @torch.no_grad()
 def test_the_text_probe_learns_that_another_instruction_is_no_success():
-    x, y = torch.randn(60, 8, 16, 6) * 0.1, torch.ones(60)
+    x, y = torch.randn(60, 4, 4, 6) * 0.1, torch.ones(60)
     word = torch.arange(60) % 2
     x[:, :, :, 0] += 2.0 * word[:, None, None]  # the picture shows which task was done
     y[::7] = 0
     x[::7, :, :, 1] += 2.0
     tokens = F.one_hot(word, 2).float()[:, None].repeat(1, 3, 1)
     torch.manual_seed(0)
-    net = evaluate.Probe("text", (8, 16, 6), 32, 2)
+    net = evaluate.Probe("text", (4, 4, 6), 32, 2)
     evaluate.fit(net, x, y, np.arange(60) % 5 == 0, 60, 3e-3, lambda p: tokens[p])
     right, wrong = net.judge(x[1:6], tokens[1:6]), net.judge(x[1:6], tokens[1:6].flip(2))
     assert (right > wrong).all()
