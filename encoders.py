@@ -238,8 +238,10 @@ class Network(nn.Module):
             value = next((v for k, v in self._buffers.items() if re.fullmatch(pattern, k)), None)
         if value is None:
             raise self.fault(f"missing tensors: {', '.join([*self.missing][-4:])}")
-        want = tuple(b if a < 0 else a for a, b in zip(shape, value.shape, strict=False))
-        if shape and (len(shape), want) != (value.ndim, value.shape):
+        fits = len(shape) == value.ndim and all(
+            a < 0 or a == b for a, b in zip(shape, value.shape, strict=True)
+        )
+        if shape and not fits:
             raise self.fault(f"tensor {name} is {tuple(value.shape)}, expected {shape}")
         return value
 
