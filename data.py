@@ -28,12 +28,16 @@ import itertools
 import json
 import math
 import os
+import random
 import re
+import resource
 import shutil
+import signal
 import sys
 import threading
 import time
 import urllib.request
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
@@ -1541,6 +1545,300 @@ class ClipSampler(torch.utils.data.Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return map(self.batch, itertools.count(self.start))
+
+
+# --- Runs: how training begins, goes on after a kill, and ends.
+
+# Dense bfloat16 TFLOP/s by the name of the device; elsewhere model FLOPs utilisation stays blank.
+PEAKS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio per frame in dB; (..., H, W, 3) in [0, 1] -> (...)."""
+    return -10 * (a - b).square().mean((-3, -2, -1)).clamp_min(1e-10).log10()
+
+
+def read_args(cls: type, toy: Any, fixed: Sequence[str]) -> tuple[Any, list[str]]:
+    """Parse the command line over the config of the run to --resume: (args, what differs).
+
+    Raises InputError where a flag named in `fixed` differs from the run's.
+    """
+    if not (found := re.search("\0--resume[=\0]([^\0]+)", "\0".join(sys.argv))):
+        return parse_args(cls, toy), []
+    path = Path(found[1]) / "config.json"
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file; --resume takes the folder of a run")
+    old = config_from(cls, json.loads(path.read_text()), str(path))
+    new, changes = parse_args(cls, toy, default=old), []
+    for name, before in vars(old).items():
+        if (now := getattr(new, name)) != before and name not in ("resume", "output_dir"):
+            changes.append(f"changed since the run was started: {name} {before} -> {now}")
+            if name in fixed:
+                raise InputError(
+                    f"--{name} {now}: the run was started with {before}, which resuming cannot "
+                    "change; leave the flag out or start a new run"
+                )
+    return new, changes
+
+
+def begin(cls: type, toy: Any, fixed: Sequence[str]) -> tuple[Any, Processes]:
+    """Read the flags, join the other processes, seed every random generator."""
+    args, changes = read_args(cls, toy, fixed)
+    proc = init_processes(args.device)
+    if changes and proc.rank == 0:
+        print(*changes, sep="\n")
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
+    return args, proc
+
+
+def choose_clips(args: Any, proc: Processes, **others) -> DataConfig:
+    """Say how clips are cut, as the flags do; write the toy world when it is first used."""
+    known = {field.name for field in dataclasses.fields(DataConfig)} & vars(args).keys()
+    values = {name: getattr(args, name) for name in known}
+    if "toy" in args.subset_names.split(",") and proc.rank == 0:
+        if not (Path(args.dataset_dir) / "toy").exists():
+            generate_toy(args.dataset_dir)
+    if proc.world > 1:
+        torch.distributed.barrier()
+    return DataConfig(**values, views=args.num_views, **others)
+
+
+def ignore_signals(_: int) -> None:
+    """Leave signals, which reach loader processes too, to the training process."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Run:
+    """Keep a run's folder so that a killed run, resumed, is the same run; tell how it goes.
+
+    folder   gets config.json, log.csv, loss.png, last.pt and, one save older, previous.pt
+    parts    {name: module or optimiser} that a checkpoint holds
+    dataset  whose clips are drawn
+    columns  of log.csv
+    flops    () -> int, of the forward passes of this process in one step
+    """
+
+    def __init__(
+        self, folder: Path, args, proc, parts: dict, dataset, columns: Sequence[str], flops
+    ):
+        self.folder, self.args, self.proc, self.parts = folder, args, proc, parts
+        self.columns = columns
+        self.dataset, self.device, self.step, self.state = dataset, proc.device, 0, None
+        self.say = print if proc.rank == 0 else lambda *_: None
+        self.rotate = True  # whether last.pt deserves to become previous.pt
+        self.global_batch = args.batch_size * args.grad_accum * proc.world
+        self.epoch_steps = max(1, len(dataset) // self.global_batch)
+        self.sums, (self.skipped, self.in_a_row) = {}, torch.zeros(2, device=proc.device)
+        self.config = dataclasses.asdict(dataclasses.replace(args, resume=None))
+        if args.resume:
+            self.load()
+        elif any((folder / name).exists() for name in ("last.pt", "previous.pt")):
+            raise InputError(f"{folder}: holds a run; --resume {folder} or take another folder")
+        self.last_step = args.max_steps
+        if args.max_steps is None:
+            self.last_step = args.num_epochs * self.epoch_steps
+        self.log = folder / "log.csv"
+        if proc.rank == 0:
+            write_atomic(folder / "config.json", json.dumps(self.config, indent=1).encode())
+            old = self.log.read_text().splitlines(True)[1:] if self.log.exists() else []
+            kept = [x for x in old if x[-1] == "\n" and int(x.partition(",")[0]) <= self.step]
+            write_atomic(self.log, (",".join(self.columns) + "\n" + "".join(kept)).encode())
+        self.signals: list[int] = []
+        self.handlers = {
+            number: signal.signal(number, lambda number, _: self.signals.append(number))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        self.peak = next((1e12 * peak for kind, peak in PEAKS.items() if kind in name), None)
+        self.flops = 3 * flops() if self.peak else 0  # the backward pass takes twice the forward's
+        self.say(f"{len(dataset)} episodes, {self.epoch_steps} steps an epoch, {folder}")
+        hidden = proc.rank > 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=self.last_step, initial=self.step, disable=hidden)
+        self.since, self.began = self.step, time.perf_counter()
+
+    def load(self) -> None:
+        """Go on from the newest checkpoint that is whole."""
+        for path in (self.folder / "last.pt", self.folder / "previous.pt"):
+            try:
+                self.state = load_torch(path)
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip():
+                        raise InputError(f"{path}: its checksums do not match")
+                self.rotate = path.name == "last.pt"
+                break
+            except (InputError, zipfile.BadZipFile) as error:
+                self.say(f"warning: {error}")
+        else:
+            raise MissingFileError(f"{self.folder}: no whole last.pt or previous.pt to resume")
+        if self.state["global_batch"] != self.global_batch:
+            raise InputError(
+                f"{self.folder}: was trained with {self.state['global_batch']} clips a step, now "
+                f"{self.global_batch} (batch_size x grad_accum x processes); make them equal"
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(self.state.pop(name))
+        self.step, self.skipped[...] = self.state["step"], self.state["skipped"]
+        self.say(f"resumed {self.folder} at step {self.step}")
+
+    def batches(self, clips) -> Iterator:
+        """Serve this process's batches from here on, every random generator as it was here."""
+        args, proc, start = self.args, self.proc, self.step * self.args.grad_accum
+        self.sampler = ClipSampler(self.dataset, args.batch_size, proc.rank, proc.world, start)
+        options = {"pin_memory": self.device.type == "cuda", "worker_init_fn": ignore_signals}
+        loader = torch.utils.data.DataLoader(
+            clips, batch_sampler=self.sampler, num_workers=args.num_workers, **options
+        )
+        batches = iter(loader)  # draws a number
+        if self.state:
+            python, numpy, cpu, cuda = self.state["random"][proc.rank % len(self.state["random"])]
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.set_rng_state(cpu)
+            if cuda is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(cuda, self.device)
+        return batches
+
+    @contextlib.contextmanager
+    def writing(self):
+        """Let a run go on that cannot write: files written before stay as they are."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"warning: step {self.step} could not be saved ({error}); the run goes on")
+
+    def save(self) -> None:
+        """Write last.pt, keep the one before as previous.pt; a kill leaves at least one of them."""
+        kind, keys, *others = np.random.get_state()
+        numpy = (kind, keys.tolist(), *others)
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        mine, states = (random.getstate(), numpy, torch.get_rng_state(), cuda), [None]
+        if self.proc.world > 1:
+            states *= self.proc.world
+            torch.distributed.all_gather_object(states, mine)
+        if self.proc.rank > 0:
+            return
+        epoch, position = divmod(self.step * self.global_batch, len(self.dataset))
+        state = {"step": self.step, "epoch": epoch, "position": position, "config": self.config}
+        state |= {"global_batch": self.global_batch, "skipped": self.skipped.item()}
+        state |= {"random": states if self.proc.world > 1 else [mine]}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        last = self.folder / "last.pt"
+
+        def write(path: Path) -> None:
+            try:
+                torch.save(state, path)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(error) from error
+            if self.rotate and last.exists():
+                os.replace(last, last.with_name("previous.pt"))
+            self.rotate = True
+
+        with self.writing():
+            write_atomic(last, write)
+            self.draw()
+
+    def stopped(self) -> bool:
+        """Whether a signal came to any process; all get the same answer."""
+        if self.proc.world == 1:
+            return bool(self.signals)
+        if self.step % self.args.log_every:
+            return False
+        votes = torch.tensor(float(bool(self.signals)), device=self.device)
+        torch.distributed.all_reduce(votes)
+        return votes.item() > 0
+
+    def update(self, optimizer: torch.optim.Optimizer, norms: list[torch.Tensor], *others) -> None:
+        """Step the optimisers, unless a gradient is not finite; fused AdamW needs no sync for it."""
+        bad = (~torch.stack(norms).isfinite().all()).float()
+        for each in (optimizer, *others):
+            each.found_inf = bad
+            each.step()
+            each.zero_grad(set_to_none=True)
+        self.skipped += bad
+        self.in_a_row = (self.in_a_row + 1) * bad
+        self.step += 1
+        self.bar.update()
+
+    def write(self, row: dict[str, float], show: bool = True) -> None:
+        """Append a row to log.csv and show it."""
+        values = (row.get(name, "") for name in self.columns)
+        texts = (f"{v:.8g}" if isinstance(v, float) else str(v) for v in values)
+        if self.proc.rank == 0:
+            with self.writing(), self.log.open("a") as file:
+                file.write(",".join(texts) + "\n")
+        if show:
+            texts = [f"{name} {value:.4g}" for name, value in row.items() if name != "step"]
+            self.say(f"step {self.step}: {', '.join(texts)}")
+
+    def add(self, **values: torch.Tensor) -> None:
+        """Collect losses of a micro step; `report` gives their means."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach() / self.args.grad_accum
+
+    def report(self, lr: float, **norms: torch.Tensor) -> None:
+        """Log the mean losses since the last report; stop after ten steps that were not finite."""
+        steps = self.step - self.since
+        means = torch.stack([*(x / steps for x in self.sums.values()), *norms.values()])
+        means = torch.cat((means, self.in_a_row[None]))
+        if self.proc.world > 1:
+            torch.distributed.all_reduce(means)
+        *means, bad = (means / self.proc.world).tolist()  # the only host sync
+        row = {"step": self.step, **dict(zip((*self.sums, *norms), means, strict=True)), "lr": lr}
+        pace = (time.perf_counter() - self.began) / steps
+        row |= {"clips_per_s": self.global_batch / pace, "ms_per_step": 1000 * pace}
+        row |= {"mfu": self.flops / pace / self.peak} if self.peak else {}
+        row |= {"minutes_left": pace * (self.last_step - self.step) / 60}
+        if self.device.type == "cuda":
+            row["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        else:  # bytes on macOS, KiB elsewhere
+            unit = 1e9 if sys.platform == "darwin" else 1e6
+            row["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        self.write(row | {"skipped": self.skipped.item()}, show=self.bar.disable)
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f}")
+        self.sums, self.since, self.began = {}, self.step, time.perf_counter()
+        if bad >= 10:
+            self.save()
+            keys = self.sampler.batch(self.step * self.args.grad_accum - 1)
+            names = sorted({str(self.dataset.info(key)["path"]) for key in keys})
+            raise InputError(
+                f"step {self.step}: ten losses in a row were not finite; the last clips were of "
+                f"{', '.join(names)}; look at them, or lower --lr and --resume {self.folder}"
+            )
+
+    def draw(self) -> None:
+        """Draw the loss over the steps, on a logarithmic axis, as loss.png."""
+        rows = [line.split(",")[:2] for line in self.log.read_text().splitlines()[1:]]
+        points = [(int(s), math.log10(float(v))) for s, v in rows if v and 0 < float(v) < math.inf]
+        if len(points) < 2:
+            return
+        (*_, (end, final)), logs = points, [log for _, log in points]
+        low, high = min(logs), max(*logs, min(logs) + 0.01)
+        image = Image.new("RGB", (800, 480), "white")
+        pen = ImageDraw.Draw(image)
+
+        def place(step: float, log: float) -> tuple[float, float]:
+            return 70 + 700 * step / end, 440 - 400 * (log - low) / (high - low)
+
+        for i in range(5):
+            step, log = end * i / 4, low + (high - low) * i / 4
+            pen.line((place(0, log), place(end, log)), fill="#dddddd")
+            pen.text((10, place(0, log)[1] - 6), f"{10**log:.4g}", fill="black")
+            pen.text((place(step, low)[0] - 12, 450), f"{step:.0f}", fill="black")
+        pen.line([place(*point) for point in points], fill="#1f5fbf", width=2)
+        pen.text((70, 12), f"loss, {10**final:.4g} at step {end}", fill="black")
+        write_atomic(self.folder / "loss.png", lambda path: image.save(path, "PNG"))
+
+    def end(self) -> None:
+        """Say how to go on with a run that was stopped; leave signals and other processes alone."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.step < self.last_step:
+            command = f"python {Path(sys.argv[0]).name} --resume {self.folder}"
+            self.say(f"stopped at step {self.step}; go on with: {command}")
+        if self.proc.world > 1:
+            torch.distributed.destroy_process_group()
 
 
 # --- Looking at converted data, and the command line.

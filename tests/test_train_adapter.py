@@ -594,5 +594,5 @@ def test_stored_flags_are_found_in_both_spellings(train, monkeypatch):
     folder = train("run", "--max_steps", "1")
     for words in (["--resume", str(folder)], [f"--resume={folder}"]):
         monkeypatch.setattr(sys, "argv", ["train_adapter.py", *words])
-        args, changes = train_adapter.read_args()
+        args, changes = data.read_args(Args, train_adapter.TOY, train_adapter.FIXED)
         assert args.adapter == ADAPTER and args.max_steps == 1 and not changes
