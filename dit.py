@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import InputError, config_from, load_strictly, load_tensors, load_torch, strip_prefixes
@@ -155,17 +154,14 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def unkept() -> bool:
-    """Tell whether nothing is kept for a backward pass, or the compiler decides what."""
-    return torch.compiler.is_compiling() or not torch.is_grad_enabled()
-
-
 class Project(torch.autograd.Function):
     """Multiply prologue(*inputs) by a weight; keep the inputs and compute the prologue again."""
 
     @staticmethod
     def forward(ctx, prologue: Callable, weight, bias, *inputs):
-        ctx.prologue = prologue
+        device = weight.device.type.replace("meta", "cpu")  # meta tensors know no autocast
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.prologue, ctx.autocast = prologue, torch.autocast(device, dtype, enabled)
         ctx.save_for_backward(weight, bias, *inputs)
         return matmul(prologue(*inputs), weight, bias)
 
@@ -174,23 +170,28 @@ class Project(torch.autograd.Function):
         weight, bias, *inputs = ctx.saved_tensors
         _, need_weight, need_bias, *needs = ctx.needs_input_grad
         inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
-        with torch.enable_grad():
+        with torch.enable_grad(), ctx.autocast:
             x = ctx.prologue(*inputs)
-        if x.requires_grad:
-            x.backward(matmul(grad, weight.to(grad.dtype).t()).to(x.dtype))
         rows, columns = (y.detach().flatten(0, -2).to(grad.dtype).t() for y in (grad, x))
         grad_weight = matmul(rows, columns).to(weight.dtype) if need_weight else None
         grad_bias = rows.sum(1, dtype=bias.dtype) if need_bias else None
+        if x.requires_grad:
+            x.backward(matmul(grad, weight.to(grad.dtype).t()).to(x.dtype))
         return None, grad_weight, grad_bias, *(x.grad for x in inputs)
 
 
+def project(prologue: Callable, weight: Tensor, bias: Tensor | None, *inputs: Tensor) -> Tensor:
+    """Compute prologue(*inputs) weight^T + bias, keeping for the backward pass the inputs only."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return matmul(prologue(*inputs), weight, bias)
+    return Project.apply(prologue, weight, bias, *inputs)
+
+
 class Linear(nn.Linear):
-    """Linear layer behind an element-wise prologue whose output is not kept."""
+    """Linear layer behind a prologue whose output is not kept."""
 
     def forward(self, *inputs: Tensor, prologue: Callable = lambda x: x) -> Tensor:
-        if unkept():
-            return matmul(prologue(*inputs), self.weight, self.bias)
-        return Project.apply(prologue, self.weight, self.bias, *inputs)
+        return project(prologue, self.weight, self.bias, *inputs)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -198,9 +199,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.rms_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """Gate one half of the channels by the other: silu(gate) * value."""
-    gate, value = x.chunk(2, -1)
+def swiglu(*inputs: Tensor) -> Tensor:
+    """Widen modulated tokens by w12, given with its bias, and gate: silu(gate) * value."""
+    x, shift, scale, weight, bias = inputs
+    gate, value = project(modulate, weight, bias, x, shift, scale).chunk(2, -1)
     return F.silu(gate) * value
 
 
@@ -267,11 +269,8 @@ class Block(nn.Module):
         if y is None:  # only keys and values were wanted
             return None
         x = torch.addcmul(x, gate_attn, self.attn["out_proj"](y.reshape(x.shape)))
-        run = self.mlp if unkept() else functools.partial(checkpoint, self.mlp, use_reentrant=False)
-        return torch.addcmul(x, gate_mlp, run(x, shift_mlp, scale_mlp))
-
-    def mlp(self, *inputs: Tensor) -> Tensor:  # computed again for the backward pass: it is wide
-        return self.ffwd["w3"](self.ffwd["w12"](*inputs, prologue=modulate), prologue=swiglu)
+        inputs = x, shift_mlp, scale_mlp, *self.ffwd["w12"].parameters()
+        return torch.addcmul(x, gate_mlp, self.ffwd["w3"](*inputs, prologue=swiglu))
 
 
 def timestep_embedding(tau: Tensor) -> Tensor:

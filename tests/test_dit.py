@@ -22,6 +22,7 @@ from dit import (
     load_dit,
     merge_views,
     norm_rotate,
+    project,
     split_views,
 )
 
@@ -567,6 +568,23 @@ def test_gradients_are_those_of_finite_differences():
             x += step
         # rotations and the norms of q and k are float32 in every precision
         torch.testing.assert_close((plus - minus) / 2, (grad * step).sum(), atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_backward_pass_computes_again_what_the_forward_pass_computed(autocast):
+    seen, weight = [], torch.randn(8, 4, requires_grad=True)
+
+    def prologue(x):
+        seen.append(project(torch.tanh, weight.t(), None, x))
+        return seen[-1]
+
+    x = torch.randn(3, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = project(prologue, weight, None, x)
+    y.sum().backward()
+    first, again = seen
+    assert first.dtype == again.dtype == y.dtype
+    assert torch.equal(first, again) and x.grad.isfinite().all()
 
 
 def test_the_plain_implementation_of_the_benchmark_gives_the_same_gradients():
