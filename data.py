@@ -205,6 +205,16 @@ def init_processes(device: str | None = None, timeout_minutes: float = 60) -> Pr
     return Processes(rank, world, local_rank, where)
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Compute x weight^T + bias; float32 on x86 by oneDNN, as MKL does not use AVX-512 on AMD."""
+    kept = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    eager = not (kept or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+    if eager and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+        if torch.backends.mkl.is_available():
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.nn.functional.linear(x, weight, bias)
+
+
 def to_uint8(frames: torch.Tensor | np.ndarray) -> np.ndarray:
     """Turn frames in [0, 1] into bytes; uint8 passes through."""
     frames = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else frames

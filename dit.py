@@ -28,7 +28,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import InputError, config_from, load_strictly, load_tensors, load_torch, strip_prefixes
+from data import (
+    InputError,
+    config_from,
+    linear,
+    load_strictly,
+    load_tensors,
+    load_torch,
+    strip_prefixes,
+)
 
 DIT_SIZES = {
     "T": dict(dim=256, depth=2, heads=4),
@@ -145,15 +153,6 @@ def norm_rotate(x: Tensor, table: Tensor) -> Tensor:
 # -- Fast parts: they keep little for the backward pass, and so touch little memory.
 
 
-def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute x weight^T + bias; float32 on x86 by oneDNN, as MKL does not use AVX-512 on AMD."""
-    eager = not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
-    if eager and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
-        if torch.backends.mkl.is_available():
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
 class Project(torch.autograd.Function):
     """Multiply prologue(*inputs) by a weight; keep the inputs and compute the prologue again."""
 
@@ -163,7 +162,7 @@ class Project(torch.autograd.Function):
         dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         ctx.prologue, ctx.autocast = prologue, torch.autocast(device, dtype, enabled)
         ctx.save_for_backward(weight, bias, *inputs)
-        return matmul(prologue(*inputs), weight, bias)
+        return linear(prologue(*inputs), weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -173,17 +172,17 @@ class Project(torch.autograd.Function):
         with torch.enable_grad(), ctx.autocast:
             x = ctx.prologue(*inputs)
         rows, columns = (y.detach().flatten(0, -2).to(grad.dtype).t() for y in (grad, x))
-        grad_weight = matmul(rows, columns).to(weight.dtype) if need_weight else None
+        grad_weight = linear(rows, columns).to(weight.dtype) if need_weight else None
         grad_bias = rows.sum(1, dtype=bias.dtype) if need_bias else None
         if x.requires_grad:
-            x.backward(matmul(grad, weight.to(grad.dtype).t()).to(x.dtype))
+            x.backward(linear(grad, weight.to(grad.dtype).t()).to(x.dtype))
         return None, grad_weight, grad_bias, *(x.grad for x in inputs)
 
 
 def project(prologue: Callable, weight: Tensor, bias: Tensor | None, *inputs: Tensor) -> Tensor:
     """Compute prologue(*inputs) weight^T + bias, keeping for the backward pass the inputs only."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return matmul(prologue(*inputs), weight, bias)
+        return linear(prologue(*inputs), weight, bias)
     return Project.apply(prologue, weight, bias, *inputs)
 
 

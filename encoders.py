@@ -262,7 +262,7 @@ class Network(nn.Module):
     def linear(self, x: Tensor, name: str) -> Tensor:
         """Apply a linear layer; a 1x1 convolution holds the same numbers."""
         weight = self.tensor(f"{name}.weight").flatten(1)
-        return F.linear(x.type_as(weight), weight, self.tensor(f"{name}.bias", len(weight)))
+        return data.linear(x.type_as(weight), weight, self.tensor(f"{name}.bias", len(weight)))
 
     def conv(self, x: Tensor, name: str, bias: bool = True, **options) -> Tensor:
         weight = self.tensor(f"{name}.weight")
