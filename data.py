@@ -232,10 +232,10 @@ def open_frame(image: bytes | np.ndarray, where: str, decode: bool = True) -> Im
     try:
         if isinstance(image, bytes):
             opened = Image.open(io.BytesIO(image), formats=("JPEG", "PNG"))
-        elif image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-            opened = Image.fromarray(image)
-        else:
+        elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"{image.dtype} {image.shape}")
+        else:
+            opened = Image.fromarray(image)
         if max(opened.size) > 4096:
             raise ValueError(f"{opened.size} pixels")
         if decode:
@@ -557,20 +557,22 @@ def read_shard(path: Path, source: Source, rlds: tuple[Any, Any], check: bool) -
 
     TFRecord: u64 length | its CRC | payload | its CRC. Behind a damaged length nothing is found.
     """
-    size, fault, (info, decoders) = path.stat().st_size, "", rlds
+    (info, decoders), size = rlds, path.stat().st_size
+
+    def broken(fault: str) -> InputError:
+        return InputError(f"{path}: record at byte {at} {fault}; fetch the shard again")
+
     with open(path, "rb") as file:
-        while (at := file.tell()) < size and not fault:
-            header, remedy = file.read(12), "fetch the shard again"
+        while (at := file.tell()) < size:
+            header = file.read(12)
             length = int.from_bytes(header[:8], "little")
-            crc = masked_crc32c(header[:8]).to_bytes(4, "little")
-            fault = "has a damaged length" if crc != header[8:] else ""
-            fault = fault or ("is cut off" if at + length + 16 > size else "")
-            if fault:
-                yield InputError(f"{path}: record at byte {at} {fault}; {remedy}")
-                continue
+            if masked_crc32c(header[:8]).to_bytes(4, "little") != header[8:]:
+                return (yield broken("has a damaged length"))
+            if at + length + 16 > size:
+                return (yield broken("is cut off"))
             payload, crc = file.read(length), int.from_bytes(file.read(4), "little")
             if check and masked_crc32c(payload) != crc:
-                yield InputError(f"{path}: record at byte {at} has a wrong checksum; {remedy}")
+                yield broken("has a wrong checksum")
                 continue
             try:
                 example = info.features.deserialize_example_np(payload, decoders=decoders)
@@ -1686,18 +1688,20 @@ class Run:
     def save(self) -> None:
         """Write last.pt, keep the one before as previous.pt; a kill leaves at least one of them."""
         kind, keys, *others = np.random.get_state()
-        numpy = (kind, keys.tolist(), *others)
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        mine, states = (random.getstate(), numpy, torch.get_rng_state(), cuda), [None]
+        numpy = (kind, keys.tolist(), *others)
+        states = [(random.getstate(), numpy, torch.get_rng_state(), cuda)] * self.proc.world
         if self.proc.world > 1:
-            states *= self.proc.world
-            torch.distributed.all_gather_object(states, mine)
+            torch.distributed.all_gather_object(states, states[0])
         if self.proc.rank > 0:
             return
         epoch, position = divmod(self.step * self.global_batch, len(self.dataset))
         state = {"step": self.step, "epoch": epoch, "position": position, "config": self.config}
-        state |= {"global_batch": self.global_batch, "skipped": self.skipped.item()}
-        state |= {"random": states if self.proc.world > 1 else [mine]}
+        state |= {
+            "global_batch": self.global_batch,
+            "skipped": self.skipped.item(),
+            "random": states,
+        }
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         last = self.folder / "last.pt"
 
@@ -1847,16 +1851,15 @@ def inspect(folder: Path) -> None:
             episode, last = Episode(path), entry["length"] - 1
             rows = episode.frames(np.linspace(0, last, 8).round(), episode.views, 128)
             for view, row in zip(episode.views, rows, strict=True):
-                strip = Image.new("RGB", (8 * 128, 128 + 14), "white")
-                strip.paste(Image.fromarray(np.concatenate(row, axis=1)), (0, 14))
+                strip = np.concatenate([np.full((14, 8 * 128, 3), 255, np.uint8), np.hstack(row)])
                 label = f"{split}/{path.stem} camera {view}: {entry['language']!r}"
-                ImageDraw.Draw(strip).text((2, 1), label, "black")
-                sheet.append(np.asarray(strip))
+                sheet.append(Image.fromarray(strip))
+                ImageDraw.Draw(sheet[-1]).text((2, 1), label, "black")
             movie.append(episode.frames(np.minimum(range(50), last), episode.views[:1], 128)[0])
     errors = [error for record in records for error in record.get("errors", ())]
     reasons = Counter(re.sub(r"\S*[\d/]\S*", "", error) for error in errors)
     print(f"left out by the conversion: {len(errors)}", *reasons.most_common(), sep="\n  ")
-    image = Image.fromarray(np.concatenate(sheet))
+    image = Image.fromarray(np.concatenate([*map(np.asarray, sheet)]))
     write_atomic(folder / "contact_sheet.png", lambda path: image.save(path, "PNG"))
     write_gif(folder / "episodes.gif", np.concatenate(movie[:6], axis=2), header["fps"])
     print(f"written: {folder}/contact_sheet.png, {folder}/episodes.gif")

@@ -1209,7 +1209,7 @@ def mutations(content: bytes, seed: int, count: int = 200):
         yield bytes(copy)
 
 
-@pytest.mark.parametrize("reader", ["episode", "latents", "tfrecord"])
+@pytest.mark.parametrize("reader", ["episode", "latents", "tfrecord", "index", "npz", "images"])
 def test_two_hundred_damaged_files_give_clean_errors(tmp_path, reader):
     if reader == "tfrecord":
         source = write_rlds(tmp_path / "rlds", {"train": [[bridge_example(k) for k in range(2)]]})
@@ -1221,6 +1221,23 @@ def test_two_hundred_damaged_files_give_clean_errors(tmp_path, reader):
             for item in found:
                 if isinstance(item, data.InputError):
                     raise item
+    elif reader in ("npz", "images"):
+        frames, actions = np.stack([picture(t) for t in range(3)]), np.zeros((3, 7))
+        path = tmp_path / ("a.npz" if reader == "npz" else "actions.npy")
+        np.save(path, actions)
+        if reader == "npz":
+            np.savez(path, frames=frames, actions=actions)
+        else:
+            (tmp_path / "0.jpg").write_bytes(jpeg(frames[0]))
+
+        def read():
+            (found,) = data.read_own(path if reader == "npz" else tmp_path)
+            if isinstance(found, data.InputError):
+                raise found
+
+    elif reader == "index":
+        make_dataset(tmp_path, [6] * 3)
+        path, read = tmp_path / "robot" / "index.jsonl", functools.partial(opened, tmp_path)
     else:
         make_dataset(tmp_path, [6])
         cache(tmp_path)
@@ -1243,9 +1260,9 @@ def test_two_hundred_damaged_files_give_clean_errors(tmp_path, reader):
             read()
         except data.InputError as error:
             errors += 1
-            assert str(path) in str(error) or reader == "tfrecord"
+            assert str(tmp_path) in str(error) or reader == "tfrecord"
     # a flipped bit inside a float or a JPEG may still be a valid file; a TFRecord has checksums
-    assert errors >= (195 if reader == "tfrecord" else 100)
+    assert errors >= (195 if reader == "tfrecord" else 100)  # of two hundred
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # KB
     path.write_bytes(content)
     read()
