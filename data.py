@@ -1191,6 +1191,14 @@ def convert_shard(episodes: Iterable[Any], shard: Shard, folder: Path, header: d
     return record
 
 
+def measure(path: Path) -> dict:
+    """Return the bytes and the SHA-256 of a shard; of a folder of images, those of its actions."""
+    content = path if path.is_file() else path / "actions.npy"
+    size = content.stat().st_size
+    mapped = np.memmap(content, np.uint8, "r") if size else b""
+    return {"bytes": size, "sha256": hashlib.sha256(mapped).hexdigest()}
+
+
 def convert(args: Args) -> None:
     """Bring every shard that the index does not name yet into `output_dir`: fetch, write, commit.
 
@@ -1202,15 +1210,15 @@ def convert(args: Args) -> None:
         before, records, splits = read_index(folder)
     taken = 1 + max((entry["number"] for split in splits.values() for entry in split), default=-1)
     source, base, url, shards, size, read = open_source(args, folder, taken)
-    mapping, fps = args.action_mapping or source.mapping, args.fps or source.fps
-    header = {"dataset": args.dataset_name, "fps": fps}
-    header |= {"action_mapping": mapping, "image_size": args.image_size}
-    map_actions(np.zeros(7), mapping)  # an unknown name ends here
+    header = {"dataset": args.dataset_name, "fps": args.fps or source.fps}
+    header["action_mapping"] = args.action_mapping or source.mapping
+    header["image_size"] = args.image_size
+    map_actions(np.zeros(7), header["action_mapping"])  # an unknown name ends here
     if before not in ({}, header):
         raise InputError(f"{folder} was written with {before}, not {header}; take another one")
+    if not (before or shards):
+        raise InputError(f"{folder}: nothing to convert; check --source and --splits")
     if not before:
-        if not shards:
-            raise InputError(f"{folder}: nothing to convert; check --source and --splits")
         append_index(folder, header)
     for path in folder.glob("*/.*.tmp"):  # of a run that was killed
         path.unlink()
@@ -1230,10 +1238,7 @@ def convert(args: Args) -> None:
             if url:
                 path.unlink()  # it may have been damaged on its way: the next run fetches it again
             raise
-        content = path if path.is_file() else path / "actions.npy"
-        record["bytes"] = content.stat().st_size
-        mapped = np.memmap(content, np.uint8, "r") if record["bytes"] else b""
-        record["sha256"] = hashlib.sha256(mapped).hexdigest()
+        record |= measure(path)
         path.unlink() if url else progress(record["bytes"])
         return record
 
