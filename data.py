@@ -1106,8 +1106,9 @@ def list_shards(info: Any, base: Path, local: bool, args: Args) -> tuple[list[Sh
         if not wanted or wanted & {name, target}:
             if missing := split.num_shards - len(here):
                 print(f"{base}: {missing} of {split.num_shards} shards of {name} are not here")
-            shards += here[: args.max_shards or None]
-            size += split.num_bytes * len(here[: args.max_shards or None]) // split.num_shards
+            here = here[: args.max_shards or None]
+            shards += here
+            size += split.num_bytes * len(here) // max(1, split.num_shards)
     return shards, size
 
 
@@ -1153,7 +1154,8 @@ def open_source(args: Args, folder: Path, taken: int) -> tuple:
         raise InputError(f"{where}: RLDS data; say which with --dataset_name: {names}")
     rlds = load_rlds(base, public)
     read = functools.partial(read_shard, source=public, rlds=rlds, check=args.check_crc)
-    return public, base, url, *list_shards(rlds[0], base, not url, args), read
+    with reading(base / "dataset_info.json", "fetch it again", Exception):  # of tfds
+        return public, base, url, *list_shards(rlds[0], base, not url, args), read
 
 
 def convert_shard(episodes: Iterable[Any], shard: Shard, folder: Path, header: dict, skip: bool):

@@ -791,7 +791,9 @@ def test_bad_records_stop_or_are_counted(tmp_path, fault, message):
     assert message in error and "episode 1" in error
 
 
-@pytest.mark.parametrize("fault", ["camera", "foreign", "json", "name", "two", "absent"])
+@pytest.mark.parametrize(
+    "fault", ["camera", "foreign", "json", "name", "template", "empty", "two", "absent"]
+)
 def test_bad_schemas_are_refused_before_anything_is_written(tmp_path, fault):
     source, name = write_rlds(tmp_path / "in" / "a", {"train": [[bridge_example(0)]]}), "bridge_v2"
     if fault == "camera":
@@ -805,6 +807,11 @@ def test_bad_schemas_are_refused_before_anything_is_written(tmp_path, fault):
     elif fault == "name":
         info = json.loads((source / "dataset_info.json").read_text())
         (source / "dataset_info.json").write_text(json.dumps({**info, "name": "../x"}))
+    elif fault in ("template", "empty"):
+        info = json.loads((source / "dataset_info.json").read_text())
+        change = {"shardLengths": []} if fault == "empty" else {"filepathTemplate": "x{WHAT}"}
+        info["splits"][0] |= change
+        (source / "dataset_info.json").write_text(json.dumps(info))
     elif fault == "two":
         write_rlds(tmp_path / "in" / "b", {"train": [[bridge_example(0)]]})
     with pytest.raises(data.InputError):
