@@ -15,7 +15,6 @@ Sources: RLDS (Ramos et al. 2021, arXiv 2111.02767), Bridge V2 (Walke et al. 202
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
 import dataclasses
 import datetime
@@ -65,8 +64,6 @@ class InputError(ValueError):
 
 class MissingFileError(InputError, FileNotFoundError):
     """Report a file or folder that is not there."""
-
-    __str__ = ValueError.__str__  # OSError would print "[Errno ...]"
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -245,22 +242,16 @@ def open_frame(image: bytes | np.ndarray, where: str, decode: bool = True) -> Im
     try:
         if isinstance(image, bytes):
             opened = Image.open(io.BytesIO(image), formats=("JPEG", "PNG"))
-        elif image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-            opened = Image.fromarray(image)
-        else:
+        elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"{image.dtype} {image.shape}")
+        else:
+            opened = Image.fromarray(image)
         if max(opened.size) > 4096:
             raise ValueError(f"{opened.size} pixels")
         if decode:
             opened.load()
         return opened
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        AttributeError,
-        Image.DecompressionBombError,
-    ) as error:
+    except Exception as error:  # Pillow raises a dozen types
         fault = f"not a JPEG, PNG or uint8 (H, W, 3) image, or a broken one ({error})"
         raise InputError(f"{where}: {fault}; {REMEDY}") from error
 
@@ -510,44 +501,42 @@ def unpack_example(example: dict, source: Source) -> tuple[list, np.ndarray, dic
     return [*frames.values()], np.stack([raw_action(step["action"]) for step in steps]), metadata
 
 
-def _linear(tables: np.ndarray, x: np.ndarray) -> np.ndarray:
-    return tables[0].take(x & 0xFFFF, mode="clip") ^ tables[1].take(x >> 16, mode="clip")
-
-
 @functools.cache
-def _append_zeros(power: int) -> np.ndarray:
-    """Tabulate what 2^power zero bytes do to a CRC state, for its low and its high 16 bits."""
-    if power:
-        return _linear(_append_zeros(power - 1), _append_zeros(power - 1))
-    x = np.arange(65536, dtype=np.uint32) << np.array([[0], [16]], np.uint32)
+def crc_table() -> np.ndarray:
+    """Tabulate (512, 256) what a byte does to a CRC state, with 511 ... 0 zero bytes behind it."""
+    byte = np.arange(256, dtype=np.uint32)
     for _ in range(8):
-        x = (x >> 1) ^ (x & 1) * np.uint32(0x82F63B78)  # Castagnoli's polynomial, reflected
-    return x
+        byte = (byte >> 1) ^ (byte & 1) * np.uint32(
+            0x82F63B78
+        )  # Castagnoli's polynomial, reflected
+    rows = [byte]
+    for _ in range(511):
+        rows.append(byte[rows[-1] & 255] ^ rows[-1] >> 8)
+    return np.stack(rows[::-1])
 
 
 def masked_crc32c(message: bytes) -> int:
-    """Compute TFRecord's checksum in NumPy lanes that advance side by side, then join in pairs.
+    """Compute TFRecord's checksum, 512 bytes at a time, which NumPy looks up together.
 
-    state(a b) = zeros(state(a), len b) ^ state(b): the state is linear, leading zeros do nothing,
-    and the four bytes put first lead to the start state 0xFFFFFFFF.           [RFC 3720, B.4]
+    The state is linear: it is the sum of what every byte does to it; leading zeros do nothing, the
+    state itself acts as the next four bytes, and those put first here lead to the start state
+    0xFFFFFFFF.                                                                [RFC 3720, B.4]
     """
-    message = np.frombuffer(b"\x54\x64\x1f\x64" + message, np.uint8)
-    power = max(2, min(9, len(message).bit_length() // 2))  # 2^power bytes a lane
-    lanes = -(-len(message) >> power)
-    padded = np.zeros(lanes << power, np.uint8)
-    padded[-len(message) :] = message
-    state = np.zeros(lanes, np.uint32)
-    for word in padded.view("<u4").reshape(lanes, -1).T:
-        state = _linear(_append_zeros(2), state ^ word)
-    while len(state) > 1:
-        state = np.concatenate([state[: len(state) % 2] * 0, state])
-        state, power = _linear(_append_zeros(power), state[::2]) ^ state[1::2], power + 1
-    crc = int(state[0]) ^ 0xFFFFFFFF
+    table, message = crc_table(), np.frombuffer(b"\x54\x64\x1f\x64" + message, np.uint8)
+    blocks = np.zeros((-(-len(message) // 512), 512), np.uint8)
+    blocks.ravel()[-len(message) :] = message
+    (a, b, c, d), state = table[:4].tolist(), 0
+    for part in np.array_split(blocks, -(-len(blocks) // 256)):  # 128 KB: fits the cache
+        known = table.ravel().take(part + np.arange(0, table.size, 256))
+        for own in np.bitwise_xor.reduce(known, axis=1).tolist():
+            state = a[state & 255] ^ b[state >> 8 & 255] ^ c[state >> 16 & 255] ^ d[state >> 24]
+            state ^= own
+    crc = state ^ 0xFFFFFFFF
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def load_features(folder: Path, source: Source) -> tuple[Any, Any]:
-    """Load an RLDS schema: (features, decoders that leave every image as bytes)."""
+def load_rlds(folder: Path, source: Source) -> tuple[Any, Any]:
+    """Load an RLDS description: (tfds' info, decoders that leave every image as bytes)."""
     import tensorflow_datasets as tfds
 
     def refuse_foreign(node: dict) -> None:  # loading the schema would import it
@@ -562,37 +551,41 @@ def load_features(folder: Path, source: Source) -> tuple[Any, Any]:
         if isinstance(node, tfds.features.FeaturesDict):
             return {name: found for name in node if (found := skip_images(node[name]))}
 
-    with reading(folder / "features.json", "fetch it again", Exception):  # a dozen types
+    remedy = "fetch it and dataset_info.json again"
+    with reading(folder / "features.json", remedy, Exception):  # tfds raises a dozen types
         json.loads((folder / "features.json").read_text(), object_hook=refuse_foreign)
-        features = tfds.builder_from_directory(folder).info.features
+        info = tfds.builder_from_directory(folder).info
+        features = info.features
         has = {*features["steps"].feature, *features["steps"].feature["observation"]}
         if missing := {"action", *source.cameras.split()} - has:
             raise InputError(f"{folder}: no feature {missing} in {has}; is this another data set?")
-        return features, skip_images(features)
+        return info, skip_images(features)
 
 
-def read_shard(path: Path, source: Source, schema: tuple[Any, Any], check: bool) -> Iterator[Any]:
+def read_shard(path: Path, source: Source, rlds: tuple[Any, Any], check: bool) -> Iterator[Any]:
     """Yield (frames, raw actions, metadata) of every episode, or the InputError in its place.
 
     TFRecord: u64 length | its CRC | payload | its CRC. Behind a damaged length nothing is found.
     """
-    size, fault = path.stat().st_size, ""
+    (info, decoders), size = rlds, path.stat().st_size
+
+    def broken(fault: str) -> InputError:
+        return InputError(f"{path}: record at byte {at} {fault}; fetch the shard again")
+
     with open(path, "rb") as file:
-        while (at := file.tell()) < size and not fault:
-            header, remedy = file.read(12), "fetch the shard again"
+        while (at := file.tell()) < size:
+            header = file.read(12)
             length = int.from_bytes(header[:8], "little")
-            crc = masked_crc32c(header[:8]).to_bytes(4, "little")
-            fault = "has a damaged length" if crc != header[8:] else ""
-            fault = fault or ("is cut off" if at + length + 16 > size else "")
-            if fault:
-                yield InputError(f"{path}: record at byte {at} {fault}; {remedy}")
-                continue
+            if masked_crc32c(header[:8]).to_bytes(4, "little") != header[8:]:
+                return (yield broken("has a damaged length"))
+            if at + length + 16 > size:
+                return (yield broken("is cut off"))
             payload, crc = file.read(length), int.from_bytes(file.read(4), "little")
             if check and masked_crc32c(payload) != crc:
-                yield InputError(f"{path}: record at byte {at} has a wrong checksum; {remedy}")
+                yield broken("has a wrong checksum")
                 continue
             try:
-                example = schema[0].deserialize_example_np(payload, decoders=schema[1])
+                example = info.features.deserialize_example_np(payload, decoders=decoders)
                 yield unpack_example(example, source)
             except InputError as error:
                 yield error
@@ -730,6 +723,8 @@ def _far_to_near(planes: np.ndarray, corners: np.ndarray, pixels: np.ndarray, ey
 class ToyWorld:
     """Simulate and draw one world; all follows from the config, the seed and the actions.
 
+    copy.deepcopy(world) saves its state: a copy can be stepped with other actions.
+
     gripper  (3,)    point between the fingertips; yaw: its turn; gap: between the fingers
     block    (N, 4)  centre and yaw of each block, the goal's first, distractors last
     held, hold       index of the held block or -1; its place as seen from the gripper
@@ -763,14 +758,6 @@ class ToyWorld:
             self.cameras.append((eye, np.stack([right, np.cross(forward, right), forward]), focal))
         self.vary = config.table_variation * rng.uniform(-1, 1, 4)
         self._backgrounds = {}
-
-    def state(self) -> dict:
-        """Return a copy of what changes during an episode."""
-        return {k: copy.copy(vars(self)[k]) for k in "gripper yaw gap held hold block".split()}
-
-    def restore(self, state: dict) -> None:
-        """Go to a state of this episode, whatever happened since."""
-        vars(self).update({name: copy.copy(value) for name, value in state.items()})
 
     def positions(self) -> dict[str, np.ndarray]:
         """Return the place (3,) of the gripper, its cyan marker, the plate and every block."""
@@ -1107,38 +1094,32 @@ def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tr
             time.sleep(min(60.0, pause * 2**failures))
 
 
-def list_shards(base: Path, local: bool, args: Args) -> tuple[list[Shard], int]:
-    """Name the RLDS shards to convert, and their bytes in all, as dataset_info.json lists them.
+def list_shards(info: Any, base: Path, local: bool, args: Args) -> tuple[list[Shard], int]:
+    """Name the RLDS shards to convert, and their bytes in all, as tfds' `info` lists them.
 
     On disk a file's prefix need not be the data set's name, and shards may be missing.
     """
-    pattern, shards, first, size = r".+-([\w.]+)\.tfrecord-(\d{5})-of-\d{5}", [], 0, 0
-    matches = [re.fullmatch(pattern, path.name) for path in base.iterdir()] if local else []
-    found = {(match[1], int(match[2])): match[0] for match in matches if match}
+    files = [path.name for path in base.iterdir()] if local else []
+    found = {re.sub(r".+(-[\w.]+-\d{5}-of-\d{5})", r"\1", file): file for file in files}
     wanted = {split.strip() for split in args.splits.split(",")} - {""}
-    path, faults = base / "dataset_info.json", (ValueError, LookupError, TypeError)
-    with reading(path, "fetch it again", *faults, ZeroDivisionError):
-        info = json.loads(path.read_bytes())
-        targets = {split["name"]: TARGETS.get(split["name"], "") for split in info["splits"]}
-        if not all(re.fullmatch(r"[\w.]+", name) for name in (info["name"], *targets)):
-            raise ValueError(f"odd names: {info['name']!r}, {list(targets)}")
-        for split in info["splits"]:
-            name, counts, here = split["name"], [int(n) for n in split["shardLengths"]], []
-            target = targets[name] if "test" in targets.values() else ""
-            for i, count in enumerate(counts):
-                file = f"{info['name']}-{name}.tfrecord-{i:05d}-of-{len(counts):05d}"
-                if file := found.get((name, i)) if local else file:
-                    here.append(Shard(file, target, first + 10_000 * i, count))
-            first += 10_000 * len(counts)  # room for a shard's episodes, a few hundred
-            if not wanted or wanted & {name, targets[name]}:
-                if missing := len(counts) - len(here):
-                    print(f"{base}: {missing} of {len(counts)} shards of {name} are not here")
-                here = here[: args.max_shards or None]
-                shards, size = (
-                    shards + here,
-                    size + int(split["numBytes"]) * len(here) // len(counts),
-                )
-        return shards, size
+    hashed, shards, first, size = "test" not in map(TARGETS.get, info.splits), [], 0, 0
+    for name, split in info.splits.items():
+        target, here = TARGETS.get(name, ""), []
+        counts = zip(split.filenames, split.shard_lengths, strict=True)
+        for i, (file, count) in enumerate(counts):
+            if not re.fullmatch(r"[\w.-]+", file):
+                raise InputError(f"{base}: {file!r} is no name of a shard; fetch the list again")
+            file = found.get(file[len(info.name) :]) if local else file
+            if file:
+                here.append(Shard(file, "" if hashed else target, first + 10_000 * i, count))
+        first += 10_000 * split.num_shards  # room for a shard's episodes, a few hundred
+        if not wanted or wanted & {name, target}:
+            if missing := split.num_shards - len(here):
+                print(f"{base}: {missing} of {split.num_shards} shards of {name} are not here")
+            here = here[: args.max_shards or None]
+            shards += here
+            size += split.num_bytes * len(here) // max(1, split.num_shards)
+    return shards, size
 
 
 def list_own(root: Path, taken: int) -> list[Shard]:
@@ -1181,9 +1162,10 @@ def open_source(args: Args, folder: Path, taken: int) -> tuple:
         base = found[0].parent
     if not public:
         raise InputError(f"{where}: RLDS data; say which with --dataset_name: {names}")
-    schema = load_features(base, public)
-    read = functools.partial(read_shard, source=public, schema=schema, check=args.check_crc)
-    return public, base, url, *list_shards(base, not url, args), read
+    rlds = load_rlds(base, public)
+    read = functools.partial(read_shard, source=public, rlds=rlds, check=args.check_crc)
+    with reading(base / "dataset_info.json", "fetch it again", Exception):  # of tfds
+        return public, base, url, *list_shards(rlds[0], base, not url, args), read
 
 
 def convert_shard(episodes: Iterable[Any], shard: Shard, folder: Path, header: dict, skip: bool):
@@ -1221,25 +1203,34 @@ def convert_shard(episodes: Iterable[Any], shard: Shard, folder: Path, header: d
     return record
 
 
+def measure(path: Path) -> dict:
+    """Return the bytes and the SHA-256 of a shard; of a folder of images, those of its actions."""
+    content = path if path.is_file() else path / "actions.npy"
+    size = content.stat().st_size
+    mapped = np.memmap(content, np.uint8, "r") if size else b""
+    return {"bytes": size, "sha256": hashlib.sha256(mapped).hexdigest()}
+
+
 def convert(args: Args) -> None:
     """Bring every shard that the index does not name yet into `output_dir`: fetch, write, commit.
 
     A killed run continues behind its finished shards, and inside those half fetched.
     """
-    folder, stop, before = Path(args.output_dir) / args.dataset_name, threading.Event(), {}
+    folder, stop = Path(args.output_dir) / args.dataset_name, threading.Event()
+    before, records, splits = {}, [], {}
     with contextlib.suppress(MissingFileError):
         before, records, splits = read_index(folder)
-    numbers = [entry["number"] for split in splits.values() for entry in split] if before else []
-    source, base, url, shards, size, read = open_source(args, folder, 1 + max(numbers, default=-1))
-    mapping, fps = args.action_mapping or source.mapping, args.fps or source.fps
-    header = {"dataset": args.dataset_name, "fps": fps}
-    header |= {"action_mapping": mapping, "image_size": args.image_size}
-    map_actions(np.zeros(7), mapping)  # an unknown name ends here
+    taken = 1 + max((entry["number"] for split in splits.values() for entry in split), default=-1)
+    source, base, url, shards, size, read = open_source(args, folder, taken)
+    header = {"dataset": args.dataset_name, "fps": args.fps or source.fps}
+    header["action_mapping"] = args.action_mapping or source.mapping
+    header["image_size"] = args.image_size
+    map_actions(np.zeros(7), header["action_mapping"])  # an unknown name ends here
     if before not in ({}, header):
         raise InputError(f"{folder} was written with {before}, not {header}; take another one")
+    if not (before or shards):
+        raise InputError(f"{folder}: nothing to convert; check --source and --splits")
     if not before:
-        if not shards:
-            raise InputError(f"{folder}: nothing to convert; check --source and --splits")
         append_index(folder, header)
     for path in folder.glob("*/.*.tmp"):  # of a run that was killed
         path.unlink()
@@ -1259,14 +1250,11 @@ def convert(args: Args) -> None:
             if url:
                 path.unlink()  # it may have been damaged on its way: the next run fetches it again
             raise
-        content = path if path.is_file() else path / "actions.npy"
-        record["bytes"] = content.stat().st_size
-        mapped = np.memmap(content, np.uint8, "r") if record["bytes"] else b""
-        record["sha256"] = hashlib.sha256(mapped).hexdigest()
+        record |= measure(path)
         path.unlink() if url else progress(record["bytes"])
         return record
 
-    start, done, finished = time.time(), 0, {r["shard"] for r in read_index(folder)[1]}
+    start, done, finished = time.time(), 0, {record["shard"] for record in records}
     options = {"total": size or None, "unit": "B", "unit_scale": True, "disable": None}
     with ThreadPoolExecutor(args.num_workers) as pool, tqdm(desc=folder.name, **options) as bar:
         try:
@@ -1274,10 +1262,6 @@ def convert(args: Args) -> None:
             for ready in as_completed(jobs):
                 append_index(folder, record := ready.result())
                 done += record["bytes"] / 1e6
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            raise InputError(f"{folder}: the disk is full; free space, run again") from error
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -1721,18 +1705,20 @@ class Run:
     def save(self) -> None:
         """Write last.pt, keep the one before as previous.pt; a kill leaves at least one of them."""
         kind, keys, *others = np.random.get_state()
-        numpy = (kind, keys.tolist(), *others)
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        mine, states = (random.getstate(), numpy, torch.get_rng_state(), cuda), [None]
+        numpy = (kind, keys.tolist(), *others)
+        states = [(random.getstate(), numpy, torch.get_rng_state(), cuda)] * self.proc.world
         if self.proc.world > 1:
-            states *= self.proc.world
-            torch.distributed.all_gather_object(states, mine)
+            torch.distributed.all_gather_object(states, states[0])
         if self.proc.rank > 0:
             return
         epoch, position = divmod(self.step * self.global_batch, len(self.dataset))
         state = {"step": self.step, "epoch": epoch, "position": position, "config": self.config}
-        state |= {"global_batch": self.global_batch, "skipped": self.skipped.item()}
-        state |= {"random": states if self.proc.world > 1 else [mine]}
+        state |= {
+            "global_batch": self.global_batch,
+            "skipped": self.skipped.item(),
+            "random": states,
+        }
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         last = self.folder / "last.pt"
 
@@ -1882,16 +1868,15 @@ def inspect(folder: Path) -> None:
             episode, last = Episode(path), entry["length"] - 1
             rows = episode.frames(np.linspace(0, last, 8).round(), episode.views, 128)
             for view, row in zip(episode.views, rows, strict=True):
-                strip = Image.new("RGB", (8 * 128, 128 + 14), "white")
-                strip.paste(Image.fromarray(np.concatenate(row, axis=1)), (0, 14))
+                strip = np.concatenate([np.full((14, 8 * 128, 3), 255, np.uint8), np.hstack(row)])
                 label = f"{split}/{path.stem} camera {view}: {entry['language']!r}"
-                ImageDraw.Draw(strip).text((2, 1), label, "black")
-                sheet.append(np.asarray(strip))
+                sheet.append(Image.fromarray(strip))
+                ImageDraw.Draw(sheet[-1]).text((2, 1), label, "black")
             movie.append(episode.frames(np.minimum(range(50), last), episode.views[:1], 128)[0])
     errors = [error for record in records for error in record.get("errors", ())]
     reasons = Counter(re.sub(r"\S*[\d/]\S*", "", error) for error in errors)
     print(f"left out by the conversion: {len(errors)}", *reasons.most_common(), sep="\n  ")
-    image = Image.fromarray(np.concatenate(sheet))
+    image = Image.fromarray(np.concatenate([*map(np.asarray, sheet)]))
     write_atomic(folder / "contact_sheet.png", lambda path: image.save(path, "PNG"))
     write_gif(folder / "episodes.gif", np.concatenate(movie[:6], axis=2), header["fps"])
     print(f"written: {folder}/contact_sheet.png, {folder}/episodes.gif")

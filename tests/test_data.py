@@ -552,7 +552,7 @@ def test_fitting_jpegs_pass_through_undecoded(tmp_path, monkeypatch):
         patch.setattr(Image.Image, "load", decoded)
         patch.setattr(ImageFile.ImageFile, "load", decoded)
         folder = convert(source, tmp_path / "out")
-        with pytest.raises(AssertionError, match="was decoded"):
+        with pytest.raises(data.InputError, match="was decoded"):
             convert(source, tmp_path / "resized", image_size=16)
     for k, episode in enumerate(sorted(episodes_of(folder), key=lambda e: e.path)):
         images = [step["observation"]["image_0"] for step in bridge_example(k)["steps"]]
@@ -791,7 +791,9 @@ def test_bad_records_stop_or_are_counted(tmp_path, fault, message):
     assert message in error and "episode 1" in error
 
 
-@pytest.mark.parametrize("fault", ["camera", "foreign", "json", "name", "two", "absent"])
+@pytest.mark.parametrize(
+    "fault", ["camera", "foreign", "json", "name", "template", "empty", "two", "absent"]
+)
 def test_bad_schemas_are_refused_before_anything_is_written(tmp_path, fault):
     source, name = write_rlds(tmp_path / "in" / "a", {"train": [[bridge_example(0)]]}), "bridge_v2"
     if fault == "camera":
@@ -805,6 +807,11 @@ def test_bad_schemas_are_refused_before_anything_is_written(tmp_path, fault):
     elif fault == "name":
         info = json.loads((source / "dataset_info.json").read_text())
         (source / "dataset_info.json").write_text(json.dumps({**info, "name": "../x"}))
+    elif fault in ("template", "empty"):
+        info = json.loads((source / "dataset_info.json").read_text())
+        change = {"shardLengths": []} if fault == "empty" else {"filepathTemplate": "x{WHAT}"}
+        info["splits"][0] |= change
+        (source / "dataset_info.json").write_text(json.dumps(info))
     elif fault == "two":
         write_rlds(tmp_path / "in" / "b", {"train": [[bridge_example(0)]]})
     with pytest.raises(data.InputError):
@@ -819,7 +826,7 @@ def test_conversion_with_other_options_into_the_same_folder_is_refused(tmp_path)
         convert(source, tmp_path / "out", image_size=64)
 
 
-def test_full_disk_is_named_and_what_was_finished_stays(tmp_path, monkeypatch):
+def test_full_disk_is_named_and_what_was_finished_stays(tmp_path, capsys, monkeypatch):
     shards = [[bridge_example(i)] for i in range(4)]
     (tmp_path / "out/bridge_v2").mkdir(parents=True)
     (tmp_path / "out/bridge_v2/index.jsonl").write_text('{"dataset": "bri')  # killed at once
@@ -828,13 +835,15 @@ def test_full_disk_is_named_and_what_was_finished_stays(tmp_path, monkeypatch):
 
     def limited(path, content):
         if len(written) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
         written.append(path)
         write(path, content)
 
     monkeypatch.setattr(data, "write_atomic", limited)
-    with pytest.raises(data.InputError, match="disk is full"):
-        convert(source, tmp_path / "out", num_workers=1)
+    words = ("--dataset_name", "bridge_v2", "--source", source, "--output_dir", tmp_path / "out")
+    words += ("--image_size", 32, "--num_workers", 1)
+    code, _, said = run(capsys, monkeypatch, *words)
+    assert code == 2 and "No space left" in said and "safetensors" in said and "free space" in said
     monkeypatch.undo()
     assert len(episodes_of(tmp_path / "out" / "bridge_v2")) == 2
     assert len(episodes_of(convert(source, tmp_path / "out"))) == 4
@@ -1207,18 +1216,35 @@ def mutations(content: bytes, seed: int, count: int = 200):
         yield bytes(copy)
 
 
-@pytest.mark.parametrize("reader", ["episode", "latents", "tfrecord"])
+@pytest.mark.parametrize("reader", ["episode", "latents", "tfrecord", "index", "npz", "images"])
 def test_two_hundred_damaged_files_give_clean_errors(tmp_path, reader):
     if reader == "tfrecord":
         source = write_rlds(tmp_path / "rlds", {"train": [[bridge_example(k) for k in range(2)]]})
         path = next(source.glob("*tfrecord*"))
-        schema = data.load_features(source, data.SOURCES["bridge_v2"])
+        rlds = data.load_rlds(source, data.SOURCES["bridge_v2"])
 
         def read():
-            found = list(data.read_shard(path, data.SOURCES["bridge_v2"], schema, True))
+            found = list(data.read_shard(path, data.SOURCES["bridge_v2"], rlds, True))
             for item in found:
                 if isinstance(item, data.InputError):
                     raise item
+    elif reader in ("npz", "images"):
+        frames, actions = np.stack([picture(t) for t in range(3)]), np.zeros((3, 7))
+        path = tmp_path / ("a.npz" if reader == "npz" else "actions.npy")
+        np.save(path, actions)
+        if reader == "npz":
+            np.savez(path, frames=frames, actions=actions)
+        else:
+            (tmp_path / "0.jpg").write_bytes(jpeg(frames[0]))
+
+        def read():
+            (found,) = data.read_own(path if reader == "npz" else tmp_path)
+            if isinstance(found, data.InputError):
+                raise found
+
+    elif reader == "index":
+        make_dataset(tmp_path, [6] * 3)
+        path, read = tmp_path / "robot" / "index.jsonl", functools.partial(opened, tmp_path)
     else:
         make_dataset(tmp_path, [6])
         cache(tmp_path)
@@ -1241,9 +1267,9 @@ def test_two_hundred_damaged_files_give_clean_errors(tmp_path, reader):
             read()
         except data.InputError as error:
             errors += 1
-            assert str(path) in str(error) or reader == "tfrecord"
+            assert str(tmp_path) in str(error) or reader == "tfrecord"
     # a flipped bit inside a float or a JPEG may still be a valid file; a TFRecord has checksums
-    assert errors >= (195 if reader == "tfrecord" else 100)
+    assert errors >= (195 if reader == "tfrecord" else 100)  # of two hundred
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # KB
     path.write_bytes(content)
     read()

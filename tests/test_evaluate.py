@@ -1,5 +1,6 @@
 """Claims of evaluate.py: metrics against their definitions, protocols against known answers."""
 
+import copy
 import itertools
 import json
 import math
@@ -646,7 +647,7 @@ class Simulator(nn.Module):
 
     def keep(self, frame, world):
         z = self.space.encode(frame)[0, 0]
-        self.states[self.key(z)] = world, world.state()
+        self.states[self.key(z)] = copy.deepcopy(world)
         return z
 
     def key(self, z):
@@ -657,8 +658,8 @@ class Simulator(nn.Module):
         for b in range(len(z)):
             target[b, -1] = z[b, -2]
             if not self.deaf:
-                world, state = self.states[self.key(z[b, -2])]  # KeyError: no frame of the world's
-                world.restore(state)
+                frame = self.key(z[b, -2])  # KeyError: no frame of the world's
+                world = copy.deepcopy(self.states[frame])
                 action = actions[b, -2].double().numpy()
                 world.step([*(action[:6] / GAIN), float(action[6] < 0)])
                 frame = torch.from_numpy(world.render(views=(0,)))[None] / 255
