@@ -449,6 +449,10 @@ def read_released(path: str | Path) -> tuple[dict, dict]:
         return {n: v for n, v in values.items() if v is not None and (n in names or "head" in n)}
 
     file = data.load_torch(path)
+    if not isinstance(file, dict):
+        raise InputError(
+            f"{path}: holds no dict of adapter_config and adapter; give an adapter file"
+        )
     config, state = file["adapter_config"], data.strip_prefixes(file["adapter"], WRAPPERS)
     tensors, paint = {f"adapter.{name}": tensor for name, tensor in state.items()}, None
     last = {"svae": "dec_norm.weight", "mlp": "decoder_mlp.4.weight"}.get(config["adapter_type"])

@@ -585,19 +585,6 @@ def load_text(path: str | None, device) -> Callable[[Sequence[str]], Tensor]:
     return lambda sentences: torch.cat([tokens(s) for s in sentences])
 
 
-def openvla_actions(normalised: np.ndarray, stats: dict) -> np.ndarray:
-    """Turn OpenVLA's outputs (..., 7) in [-1, 1] into model units (..., 10).
-
-    raw = q01 + (normalised + 1) / 2 (q99 - q01) where `mask` is true (all but the gripper), with
-    stats = norm_stats["bridge_orig"]["action"]: q01, q99, mask. Then +-0.05 m -> +-1.75, +-0.25
-    rad -> +-1.4, clipped there; gripper above 0.8 (open) -> -1, else +1.
-    """
-    low, high = np.asarray(stats["q01"]), np.asarray(stats["q99"])
-    raw = low + (np.asarray(normalised) + 1) / 2 * (high - low)
-    raw = np.where(stats.get("mask", np.arange(7) < 6), raw, normalised)
-    return data.map_actions(raw, "bridge_policy")
-
-
 # ------------------------------------------------------------------------------------------------
 # Pictures, drawn with Pillow.
 

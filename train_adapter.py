@@ -24,6 +24,7 @@ import dataclasses
 import itertools
 import math
 import random
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,7 +225,10 @@ def load_lpips(device: torch.device) -> nn.Module:
             f"{path}: no such file, and lpips_weight needs it; download {VGG} to that place, or "
             "train without the term: --lpips_weight 0"
         )
-    model, trunk = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False), data.load_torch(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision the old way
+        model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    trunk = data.load_torch(path)
     names = {name: f"features.{name.partition('.')[2]}" for name in model.net.state_dict()}
     state = {name: trunk[there] for name, there in names.items() if there in trunk}
     data.load_strictly(model.net, state, str(path))

@@ -432,7 +432,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_damaged_files_give_our_errors_and_no_crash(tmp_path, suffix):
-    """100 mutations of each format: loaded in full, or refused with one sentence."""
+    """200 mutations of each format: loaded in full, or refused with one sentence."""
     adapter, paint = make(FLAT, 16), PixelDecoder(PixelDecoderConfig(**PAINT))
     good, bad = tmp_path / f"good{suffix}", tmp_path / f"bad{suffix}"
     if suffix == ".pt":
@@ -441,7 +441,7 @@ def test_damaged_files_give_our_errors_and_no_crash(tmp_path, suffix):
         save_adapter(good, adapter, paint)
     whole, rng, refused = good.read_bytes(), np.random.default_rng(0), 0
     head = 4000 if suffix == ".safetensors" else len(whole)
-    for i in range(100):
+    for i in range(200):
         content = bytearray(whole)
         if i % 4 == 0:
             content = content[: rng.integers(len(content))]
@@ -459,7 +459,7 @@ def test_damaged_files_give_our_errors_and_no_crash(tmp_path, suffix):
         except InputError as error:
             assert "bad" in str(error)
             refused += 1
-    assert refused >= 25  # every truncation at least
+    assert refused >= 50  # every truncation at least
 
 
 def test_damaged_descriptions_are_refused(tmp_path):

@@ -999,14 +999,3 @@ def test_a_preset_names_its_files_and_where_to_fetch_them(tmp_path):
         evaluate.open_model(evaluate.Args(model_preset="DiT-M_VAE"), CPU)
     with pytest.raises(evaluate.InputError, match="--checkpoint_path"):
         evaluate.open_model(evaluate.Args(), CPU)
-
-
-# -- a policy's actions
-
-
-def test_openvla_actions_are_unnormalised_between_its_quantiles():
-    low, high = [-0.03] * 3 + [-0.1] * 3 + [0.0], [0.05] * 3 + [0.1] * 3 + [1.0]
-    stats = {"q01": low, "q99": high, "mask": [True] * 6 + [False]}
-    out = evaluate.openvla_actions(np.array([-1.0, 0.0, 1.0, 0.0, 1.0, -1.0, 0.99]), stats)
-    expected = [-0.03 * 35, 0.01 * 35, 1.75, 0.0, 0.56, -0.56, -1, 0, 0, 0]
-    assert out.tolist() == pytest.approx(expected, abs=1e-6)
