@@ -284,6 +284,7 @@ def test_missing_lpips_weights_fail_with_path_and_address(tmp_path, monkeypatch)
     assert "https://download.pytorch.org/models/vgg16-397923af.pth" in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torchvision")  # lpips calls it the old way
 def test_lpips_takes_its_trunk_from_the_file(tmp_path, monkeypatch):
     lpips = pytest.importorskip("lpips")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
