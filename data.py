@@ -242,10 +242,10 @@ def open_frame(image: bytes | np.ndarray, where: str, decode: bool = True) -> Im
     try:
         if isinstance(image, bytes):
             opened = Image.open(io.BytesIO(image), formats=("JPEG", "PNG"))
-        elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"{image.dtype} {image.shape}")
-        else:
+        elif image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
             opened = Image.fromarray(image)
+        else:
+            raise ValueError(f"{image.dtype} {image.shape}")
         if max(opened.size) > 4096:
             raise ValueError(f"{opened.size} pixels")
         if decode:
@@ -501,14 +501,15 @@ def unpack_example(example: dict, source: Source) -> tuple[list, np.ndarray, dic
     return [*frames.values()], np.stack([raw_action(step["action"]) for step in steps]), metadata
 
 
+CASTAGNOLI = np.uint32(0x82F63B78)  # the polynomial, reflected
+
+
 @functools.cache
 def crc_table() -> np.ndarray:
     """Tabulate (512, 256) what a byte does to a CRC state, with 511 ... 0 zero bytes behind it."""
     byte = np.arange(256, dtype=np.uint32)
     for _ in range(8):
-        byte = (byte >> 1) ^ (byte & 1) * np.uint32(
-            0x82F63B78
-        )  # Castagnoli's polynomial, reflected
+        byte = (byte >> 1) ^ (byte & 1) * CASTAGNOLI
     rows = [byte]
     for _ in range(511):
         rows.append(byte[rows[-1] & 255] ^ rows[-1] >> 8)

@@ -198,9 +198,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.rms_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
 
 
-def swiglu(*inputs: Tensor) -> Tensor:
+def swiglu(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Widen modulated tokens by w12, given with its bias, and gate: silu(gate) * value."""
-    x, shift, scale, weight, bias = inputs
     gate, value = project(modulate, weight, bias, x, shift, scale).chunk(2, -1)
     return F.silu(gate) * value
 

@@ -82,9 +82,7 @@ class Args:
     decoder_multipliers: str = "1,1,2,4,8"  # widths of its levels, outermost first
     decoder_blocks: int = 2  # residual blocks a level
     decoder_attention: str = "16"  # levels with attention, by size on 256x256 frames
-    decoder_groups: int = (
-        32  # of its GroupNorms; fewer for narrow decoders, 3 channels or more each
-    )
+    decoder_groups: int = 32  # of its GroupNorms; fewer if narrow, 3 channels or more each
     # -- loss
     stage: Literal["svae", "psvae"] = "svae"  # psvae: the pixel loss reaches the adapter
     cosine_weight: float = 1.0  # 1 - cosine similarity of a feature and its reconstruction

@@ -272,6 +272,21 @@ def freeze(dit: DiT, prefixes: str) -> list[str]:
     return frozen
 
 
+def choose_dit(args: Args, channels: int, frames: int, adapted: bool, **others) -> DiTConfig:
+    """Shape the network for clips of so many latent frames and channels; the paper fills gaps."""
+    native = args.encoder_type in NATIVE_SEMANTIC and not adapted
+    names = ("temporal_mode", "num_views", "view_rope", "action_dropout")
+    return DiTConfig(
+        in_channels=channels,
+        patch_size=args.dit_patch or (2 if args.encoder_type == "vae" else 1),
+        **DIT_SIZES[args.dit_size],
+        max_frames=frames,
+        wide_head=native if args.wide_head is None else args.wide_head,
+        **{name: getattr(args, name) for name in names},
+        **others,
+    )
+
+
 def count_costs(config: DiTConfig, h: int, w: int) -> tuple[int, float, float]:
     """Count without computing: parameters, forward FLOPs a frame, bytes kept for the backward pass.
 
@@ -301,18 +316,8 @@ def dry_run(args: Args, world: int) -> None:
     h, w, C = map(int, encoders.ROWS[kind][1].split("x"))
     if kind == "pixels":
         h, w, C = *[args.image_size // args.pixel_patch] * 2, 3 * args.pixel_patch**2
-    native = kind in NATIVE_SEMANTIC and args.adapter_type == "identity"
     C = args.adapter_latent_dim or (C if args.adapter_type == "identity" else 96)
-    config = DiTConfig(
-        C,
-        args.dit_patch or (2 if kind == "vae" else 1),
-        **DIT_SIZES[args.dit_size],
-        max_frames=T,
-        wide_head=native if args.wide_head is None else args.wide_head,
-        temporal_mode=args.temporal_mode,
-        num_views=args.num_views,
-        view_rope=args.view_rope,
-    )
+    config = choose_dit(args, C, T, args.adapter_type != "identity")
     count, forward, kept = count_costs(config, h, w)
     batch, V = args.batch_size * args.grad_accum * world, args.num_views
     encoder = 0 if args.cache_latents else 1e9 * ENCODER_GFLOP.get(kind, 0) * V
@@ -395,18 +400,8 @@ def main() -> None:
     # 4. The trained model.
     z = space.encode(clips.frames[:1].to(proc.device))
     beside = space.group_actions(clips.actions[:1].to(proc.device))
-    patch = args.dit_patch or (2 if args.encoder_type == "vae" else 1)
-    native = args.encoder_type in NATIVE_SEMANTIC and space.adapter is None
-    names = ("temporal_mode", "num_views", "view_rope", "action_dropout")
-    shape = DiTConfig(
-        in_channels=space.latent_dim,
-        patch_size=patch,
-        **DIT_SIZES[args.dit_size],
-        action_dim=beside.shape[-1],
-        max_frames=z.shape[1],
-        wide_head=native if args.wide_head is None else args.wide_head,
-        **{name: getattr(args, name) for name in names},
-    )
+    adapted, width = space.adapter is not None, beside.shape[-1]
+    shape = choose_dit(args, space.latent_dim, z.shape[1], adapted, action_dim=width)
     dit = DiT(shape).to(proc.device)
     if args.pretrained_checkpoint and not args.resume:
         weights = load_dit(args.pretrained_checkpoint).state_dict()
@@ -414,7 +409,7 @@ def main() -> None:
         say(f"copied {len(weights)} tensors from {args.pretrained_checkpoint}; none is new")
     if frozen := freeze(dit, args.freeze):
         say(f"frozen: {', '.join(frozen)}")
-    tokens = z.shape[2] * z.shape[3] // args.num_views // patch**2
+    tokens = z.shape[2] * z.shape[3] // args.num_views // shape.patch_size**2
     if (shift := args.shift) is None:
         shift = 1.0 if args.encoder_type == "vae" else time_shift(tokens, space.latent_dim)
     options = {"time_dist": args.time_dist} if args.objective == "flow_matching" else {}
@@ -444,7 +439,7 @@ def main() -> None:
     parts = {"dit": dit, "ema": ema, "optimizer": optimizer}
     run = Run(folder, args, proc, parts, train_set, COLUMNS, flops)
     run.say(f"{sum(p.numel() for p in trained) / 1e6:.2f} M parameters, {tokens} tokens a frame")
-    if shape.dim < (wide := space.latent_dim * patch**2) and not shape.wide_head:
+    if shape.dim < (wide := space.latent_dim * shape.patch_size**2) and not shape.wide_head:
         run.say(
             f"warning: width {shape.dim} is below the {wide} numbers of a token: noise cannot "
             "pass through it; take a larger --dit_size or an adapter"

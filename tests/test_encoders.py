@@ -945,9 +945,7 @@ def test_a_config_of_another_network_is_refused(tmp_path, kind, key):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings(
-    "ignore:Defining your"
-)  # torch's own, about what the bytes happen to say
+@pytest.mark.filterwarnings("ignore:Defining your")  # torch's, about what the bytes say
 def test_damaged_files_give_one_sentence_or_load(tmp_path, kind):
     options, file = small(kind, tmp_path)
     whole, generator = file.read_bytes(), np.random.default_rng(0)
