@@ -410,13 +410,37 @@ def test_candidates_share_their_context_and_cost_eleven_passes_a_frame(model):
     assert torch.allclose(cached, uncached, rtol=1e-4)  # float32 over 30 steps
 
 
-def test_plan_comes_back_in_the_shape_of_its_horizon(model):
-    frames = torch.rand(2, 16, 16, 3)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("cem", {"population": 32, "elites": 4, "iterations": 3}),
+        ("gradient", {"steps": 8, "lr": 0.1}),
+        ("grid", {"dims": range(2), "points": 3}),
+    ],
+)
+def test_each_planner_dreams_nearer_to_the_goal_than_where_it_began(model, method, options):
+    frames, noise = torch.rand(2, 16, 16, 3), torch.randn(1, 2, 2, 2, 192, generator=seed())
+
+    def end(actions):
+        model.reset(frames)
+        frame = model.generate_chunk(actions, noise=noise)[-1]
+        return frame, model.z[0, -1]
+
+    goal, _ = end(torch.tensor([[2.0, -2.0], [0.0, 2.0]]).repeat(1, 5))
     model.reset(frames)
-    options = {"population": 8, "elites": 2, "iterations": 2}
-    actions = model.plan(frames[0], 2, generator=seed(), **options)
-    assert actions.shape == (2, 10) and torch.equal(
-        actions, model.plan(frames[0], 2, generator=seed(), **options)
+    plan = model.plan(goal, 2, method, generator=seed(), **options)
+    assert plan.shape == (2, 10) and plan.abs().max() <= 2
+    assert torch.equal(plan, model.plan(goal, 2, method, generator=seed(), **options))
+    far, near = (
+        (end(a)[1] - model.encode(goal[None])[0]).norm() for a in (plan.new_zeros(2, 10), plan)
     )
+    assert near < far  # the noise of the search is the one dreamed with
+
+
+def test_plan_refuses_what_it_cannot_search(model):
+    model.reset(torch.rand(3, 2, 16, 16, 3))
+    with pytest.raises(InputError, match="one sample"):
+        model.plan(torch.rand(16, 16, 3), 1)
+    model.reset(torch.rand(2, 16, 16, 3))
     with pytest.raises(InputError, match="method"):
-        model.plan(frames[0], 1, method="guess")
+        model.plan(torch.rand(16, 16, 3), 1, method="guess")
