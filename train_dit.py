@@ -418,6 +418,8 @@ def main() -> None:
 
     # 5. Average, optimiser, compile, DDP. `dit` is the raw module, `net` the one that is called.
     ema = copy.deepcopy(dit).eval().requires_grad_(False)
+    # Detached: else the average of weights that need gradients would keep a graph of all steps.
+    average, weights = ([p.detach() for p in m.parameters()] for m in (ema, dit))
     trained = [p for p in dit.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=args.lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=args.weight_decay, fused=True
@@ -486,7 +488,7 @@ def main() -> None:
         norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_grad, foreach=True)
         decay = min(args.ema, (1 + run.step) / (10 + run.step))
         run.update(optimizer, [norm])
-        torch._foreach_lerp_(list(ema.parameters()), list(dit.parameters()), 1 - decay)
+        torch._foreach_lerp_(average, weights, 1 - decay)
         if run.step % args.log_every == 0:
             run.report(lr, grad_norm=norm)
     run.end()
