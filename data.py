@@ -181,6 +181,20 @@ class Processes(NamedTuple):
     world: int
     local_rank: int
     device: torch.device
+    patient: Any = None  # a gloo group of all, for what may last: it waits for days
+
+    def meet(self) -> None:
+        """Wait for all, however slow one is; collectives of other groups time out meanwhile."""
+        if self.world > 1:
+            torch.distributed.barrier(self.patient)
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is so in any process; the device is not waited for."""
+        if self.world == 1:
+            return mine
+        votes = torch.tensor(float(mine))
+        torch.distributed.all_reduce(votes, group=self.patient)
+        return votes.item() > 0
 
 
 def init_processes(device: str | None = None, timeout_minutes: float = 60) -> Processes:
@@ -195,11 +209,15 @@ def init_processes(device: str | None = None, timeout_minutes: float = 60) -> Pr
     if where.type == "cuda":
         where = torch.device("cuda", local_rank if where.index is None else where.index)
         torch.cuda.set_device(where)
-    if world > 1 and not torch.distributed.is_initialized():
+    if world == 1:
+        return Processes(rank, world, local_rank, where)
+    if not torch.distributed.is_initialized():
         timeout = datetime.timedelta(minutes=timeout_minutes)
         backend = "nccl" if where.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timeout)
-    return Processes(rank, world, local_rank, where)
+    days = datetime.timedelta(days=7)
+    patient = torch.distributed.new_group(backend="gloo", timeout=days)
+    return Processes(rank, world, local_rank, where, patient)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -1561,9 +1579,8 @@ def read_args(cls: type, toy: Any, fixed: Sequence[str]) -> tuple[Any, list[str]
     if not (found := re.search("\0--resume[=\0]([^\0]+)", "\0".join(sys.argv))):
         return parse_args(cls, toy), []
     path = Path(found[1]) / "config.json"
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such file; --resume takes the folder of a run")
-    old = config_from(cls, json.loads(path.read_text()), str(path))
+    with reading(path, "--resume takes the folder of a run", ValueError):
+        old = config_from(cls, json.loads(path.read_text()), str(path))
     new, changes = parse_args(cls, toy, default=old), []
     for name, before in vars(old).items():
         if (now := getattr(new, name)) != before and name not in ("resume", "output_dir"):
@@ -1594,8 +1611,7 @@ def choose_clips(args: Any, proc: Processes, **others) -> DataConfig:
     if "toy" in args.subset_names.split(",") and proc.rank == 0:
         if not (Path(args.dataset_dir) / "toy").exists():
             generate_toy(args.dataset_dir)
-    if proc.world > 1:
-        torch.distributed.barrier()
+    proc.meet()
     return DataConfig(**values, views=args.num_views, **others)
 
 
@@ -1611,13 +1627,12 @@ class Run:
     folder   gets config.json, log.csv, loss.png, last.pt and, one save older, previous.pt
     parts    {name: module or optimiser} that a checkpoint holds
     dataset  whose clips are drawn
+    source   fingerprint of what makes latents of frames
     columns  of log.csv
     flops    () -> int, of the forward passes of this process in one step
     """
 
-    def __init__(
-        self, folder: Path, args, proc, parts: dict, dataset, columns: Sequence[str], flops
-    ):
+    def __init__(self, folder: Path, args, proc, parts: dict, dataset, source: str, columns, flops):
         self.folder, self.args, self.proc, self.parts = folder, args, proc, parts
         self.columns = columns
         self.dataset, self.device, self.step, self.state = dataset, proc.device, 0, None
@@ -1626,6 +1641,8 @@ class Run:
         self.global_batch = args.batch_size * args.grad_accum * proc.world
         self.epoch_steps = max(1, len(dataset) // self.global_batch)
         self.sums, (self.skipped, self.in_a_row) = {}, torch.zeros(2, device=proc.device)
+        self.fixed = {"encoder and adapter": source}  # besides the flags
+        self.fixed["clips a step (batch_size x grad_accum x processes)"] = self.global_batch
         self.config = dataclasses.asdict(dataclasses.replace(args, resume=None))
         if args.resume:
             self.load()
@@ -1657,33 +1674,42 @@ class Run:
         """Go on from the newest checkpoint that is whole."""
         for path in (self.folder / "last.pt", self.folder / "previous.pt"):
             try:
+                with reading(path, "the save before is tried", Exception):
+                    with zipfile.ZipFile(path) as archive:
+                        if archive.testzip():
+                            raise InputError(f"{path}: its checksums do not match")
                 self.state = load_torch(path)
-                with zipfile.ZipFile(path) as archive:
-                    if archive.testzip():
-                        raise InputError(f"{path}: its checksums do not match")
+                if lacking := {"episodes", "random", "fixed", *self.parts}.difference(self.state):
+                    raise InputError(f"{path}: is of another script or version, without {lacking}")
                 self.rotate = path.name == "last.pt"
                 break
-            except (InputError, zipfile.BadZipFile) as error:
+            except InputError as error:
                 self.say(f"warning: {error}")
         else:
             raise MissingFileError(f"{self.folder}: no whole last.pt or previous.pt to resume")
-        if self.state["global_batch"] != self.global_batch:
-            raise InputError(
-                f"{self.folder}: was trained with {self.state['global_batch']} clips a step, now "
-                f"{self.global_batch} (batch_size x grad_accum x processes); make them equal"
-            )
+        for name, now in self.fixed.items():
+            if (before := self.state["fixed"].get(name)) != now:
+                raise InputError(
+                    f"{self.folder}: was trained with {before} {name}, now {now}; go on as it began"
+                )
         for name, part in self.parts.items():
-            part.load_state_dict(self.state.pop(name))
-        self.step, self.skipped[...] = self.state["step"], self.state["skipped"]
+            try:
+                part.load_state_dict(self.state.pop(name))
+            except (LookupError, RuntimeError, ValueError) as error:
+                raise InputError(f"{path}: {name} is of another model; {error}") from error
+        if (before := self.state["episodes"]) != (now := len(self.dataset)):
+            self.say(f"changed since the run was started: episodes {before} -> {now}, a new order")
+        names = "step", "skipped", "in_a_row"
+        self.step, self.skipped[...], self.in_a_row[...] = (self.state[name] for name in names)
         self.say(f"resumed {self.folder} at step {self.step}")
 
     def batches(self, clips) -> Iterator:
         """Serve this process's batches from here on, every random generator as it was here."""
         args, proc, start = self.args, self.proc, self.step * self.args.grad_accum
-        self.sampler = ClipSampler(self.dataset, args.batch_size, proc.rank, proc.world, start)
+        sampler = ClipSampler(self.dataset, args.batch_size, proc.rank, proc.world, start)
         options = {"pin_memory": self.device.type == "cuda", "worker_init_fn": ignore_signals}
         loader = torch.utils.data.DataLoader(
-            clips, batch_sampler=self.sampler, num_workers=args.num_workers, **options
+            clips, batch_sampler=sampler, num_workers=args.num_workers, **options
         )
         batches = iter(loader)  # draws a number
         if self.state:
@@ -1695,13 +1721,14 @@ class Run:
                 torch.cuda.set_rng_state(cuda, self.device)
         return batches
 
-    @contextlib.contextmanager
-    def writing(self):
-        """Let a run go on that cannot write: files written before stay as they are."""
-        try:
-            yield
-        except OSError as error:
-            self.say(f"warning: step {self.step} could not be saved ({error}); the run goes on")
+    def alone(self, write: Callable, *args) -> None:
+        """Have rank 0 write while all wait; a run that cannot write goes on, the old files stay."""
+        if self.proc.rank == 0:
+            try:
+                write(*args)
+            except OSError as error:
+                self.say(f"warning: step {self.step} could not be saved ({error}); the run goes on")
+        self.proc.meet()
 
     def save(self) -> None:
         """Write last.pt, keep the one before as previous.pt; a kill leaves at least one of them."""
@@ -1710,16 +1737,11 @@ class Run:
         numpy = (kind, keys.tolist(), *others)
         states = [(random.getstate(), numpy, torch.get_rng_state(), cuda)] * self.proc.world
         if self.proc.world > 1:
-            torch.distributed.all_gather_object(states, states[0])
-        if self.proc.rank > 0:
-            return
+            torch.distributed.all_gather_object(states, states[0], self.proc.patient)
         epoch, position = divmod(self.step * self.global_batch, len(self.dataset))
         state = {"step": self.step, "epoch": epoch, "position": position, "config": self.config}
-        state |= {
-            "global_batch": self.global_batch,
-            "skipped": self.skipped.item(),
-            "random": states,
-        }
+        state |= {"skipped": self.skipped.item(), "in_a_row": self.in_a_row.item()}
+        state |= {"fixed": self.fixed, "episodes": len(self.dataset), "random": states}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         last = self.folder / "last.pt"
 
@@ -1732,23 +1754,19 @@ class Run:
                 os.replace(last, last.with_name("previous.pt"))
             self.rotate = True
 
-        with self.writing():
-            write_atomic(last, write)
-            self.draw()
+        self.alone(write_atomic, last, write)
+        self.alone(self.draw)
 
     def stopped(self) -> bool:
         """Whether a signal came to any process; all get the same answer."""
-        if self.proc.world == 1:
-            return bool(self.signals)
-        if self.step % self.args.log_every:
-            return False
-        votes = torch.tensor(float(bool(self.signals)), device=self.device)
-        torch.distributed.all_reduce(votes)
-        return votes.item() > 0
+        return self.proc.any(bool(self.signals))
 
     def update(self, optimizer: torch.optim.Optimizer, norms: list[torch.Tensor], *others) -> None:
-        """Step the optimisers, unless a gradient is not finite; fused AdamW needs no sync for it."""
-        bad = (~torch.stack(norms).isfinite().all()).float()
+        """Step the optimisers, unless a gradient is not finite; fused AdamW needs no sync for it.
+
+        After ten such steps in a row all are skipped, until `report` looks.
+        """
+        bad = (~torch.stack(norms).isfinite().all() | (self.in_a_row >= 10)).float()
         for each in (optimizer, *others):
             each.found_inf = bad
             each.step()
@@ -1762,9 +1780,12 @@ class Run:
         """Append a row to log.csv and show it."""
         values = (row.get(name, "") for name in self.columns)
         texts = (f"{v:.8g}" if isinstance(v, float) else str(v) for v in values)
-        if self.proc.rank == 0:
-            with self.writing(), self.log.open("a") as file:
-                file.write(",".join(texts) + "\n")
+
+        def append(line: str) -> None:
+            with self.log.open("a") as file:
+                file.write(line)
+
+        self.alone(append, ",".join(texts) + "\n")
         if show:
             texts = [f"{name} {value:.4g}" for name, value in row.items() if name != "step"]
             self.say(f"step {self.step}: {', '.join(texts)}")
@@ -1776,6 +1797,8 @@ class Run:
 
     def report(self, lr: float, **norms: torch.Tensor) -> None:
         """Log the mean losses since the last report; stop after ten steps that were not finite."""
+        if self.step % self.args.log_every and self.step < self.last_step:
+            return
         steps = self.step - self.since
         means = torch.stack([*(x / steps for x in self.sums.values()), *norms.values()])
         means = torch.cat((means, self.in_a_row[None]))
@@ -1796,12 +1819,17 @@ class Run:
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}")
         self.sums, self.since, self.began = {}, self.step, time.perf_counter()
         if bad >= 10:
+            first = self.step - round(bad)
+            self.in_a_row.zero_()
             self.save()
-            keys = self.sampler.batch(self.step * self.args.grad_accum - 1)
-            names = sorted({str(self.dataset.info(key)["path"]) for key in keys})
+            batches = map(
+                ClipSampler(self.dataset, self.global_batch).batch, range(first, first + 10)
+            )
+            names = {str(self.dataset.info(key)["path"]) for keys in batches for key in keys}
             raise InputError(
-                f"step {self.step}: ten losses in a row were not finite; the last clips were of "
-                f"{', '.join(names)}; look at them, or lower --lr and --resume {self.folder}"
+                f"step {self.step}: ten losses in a row were not finite, of steps {first + 1} to "
+                f"{first + 10}, whose clips were of {', '.join(sorted(names))}; look at them, or "
+                f"lower --lr and --resume {self.folder}"
             )
 
     def draw(self) -> None:
@@ -1832,7 +1860,11 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.step < self.last_step:
-            command = f"python {Path(sys.argv[0]).name} --resume {self.folder}"
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", self.proc.world))
+            launch = f"torchrun --nproc_per_node={here}" if self.proc.world > 1 else "python"
+            if (nodes := self.proc.world // here) > 1:
+                launch += f" --nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT"
+            command = f"{launch} {Path(sys.argv[0]).name} --resume {self.folder}"
             self.say(f"stopped at step {self.step}; go on with: {command}")
         if self.proc.world > 1:
             torch.distributed.destroy_process_group()

@@ -434,8 +434,7 @@ def main() -> None:
             raise InputError("cache_latents: these features depend on the clip; leave the flag out")
         name = f"{encoder.fingerprint}-{args.image_size}"
         data.write_latent_cache(config, "train", name, encoder.encode, (proc.rank, proc.world))
-        if parallel:
-            parallel.barrier()
+        proc.meet()
         latents = EpisodeDataset(config, "train", name)
     train_set, test_set = EpisodeDataset(config, "train"), EpisodeDataset(config, "test")
     clips = Clips(train_set if args.use_pixel_decoder or latents is None else None, latents)
@@ -512,7 +511,7 @@ def main() -> None:
     if critic is not None:
         parts |= {"critic": critic, "critic_optimizer": critic_optimizer}
     scales = [group["scale"] for group in groups]
-    run = Run(folder, args, proc, parts, train_set, COLUMNS, flops)
+    run = Run(folder, args, proc, parts, train_set, encoder.fingerprint, COLUMNS, flops)
     sizes = (sum(p.numel() for p in group["params"]) / 1e6 for group in groups)
     run.say(f"{' + '.join(f'{size:.2f}' for size in sizes)} M parameters")
 
@@ -522,15 +521,11 @@ def main() -> None:
         last, stopped = run.step >= run.last_step, run.stopped()
         if not stopped and (last or (run.step and run.step % args.val_every == 0)):
             run.write({"step": run.step, **validate(model, encoder, some(test_set), pca, parallel)})
-            if proc.rank == 0:
-                with run.writing():
-                    path = folder / f"sample_{run.step:07d}.png"
-                    write_picture(path, model, encoder, some(test_set), pca)
+            path = folder / f"sample_{run.step:07d}.png"
+            run.alone(write_picture, path, model, encoder, some(test_set), pca)
         if last or stopped or (run.step and run.step % args.save_every == 0):
             run.save()
-            if proc.rank == 0:
-                with run.writing():
-                    save_adapter(folder / "adapter.safetensors", adapter, pixel_decoder)
+            run.alone(save_adapter, folder / "adapter.safetensors", adapter, pixel_decoder)
         if last or stopped:
             break
 
@@ -576,8 +571,7 @@ def main() -> None:
         }
         critics = [critic_optimizer] if "gan" in terms else []
         run.update(optimizer, [*norms.values()], *critics)
-        if run.step % args.log_every == 0:
-            run.report(lr, **norms)
+        run.report(lr, **norms)
 
     run.say(f"{folder / 'adapter.safetensors'} holds the adapter of step {run.step}")
     run.end()

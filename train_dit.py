@@ -48,7 +48,7 @@ COLUMNS = (
 FIXED = (  # what resuming may not change
     "subset_names image_size num_frames num_history stride variable_history action_merge num_views "
     "encoder_type pixel_patch adapter_type dit_size dit_patch wide_head temporal_mode view_rope "
-    "objective seed"
+    "objective standardize freeze seed"
 ).split()
 BANDWIDTHS = {"B200": 8, "H200": 4.8, "H100": 3.35, "A100": 2.04, "L40S": 0.86, "RTX 4090": 1.01}
 ENCODER_GFLOP = {  # per 256x256 frame, 2 per multiply-add  [the paper, table 4]; others: unknown
@@ -384,8 +384,7 @@ def main() -> None:
     latents = space.fingerprint if args.cache_latents or args.cache_only else None
     if latents:
         data.write_latent_cache(config, "train", latents, space.features, (proc.rank, proc.world))
-        if proc.world > 1:
-            torch.distributed.barrier()
+        proc.meet()
         if args.cache_only:
             return
     train_set = EpisodeDataset(config, "train", latents)
@@ -439,7 +438,7 @@ def main() -> None:
     # 6. The run folder: a new one, or one to go on with.
     folder = Path(args.resume or args.output_dir or time.strftime("outputs/%Y%m%d-%H%M%S"))
     parts = {"dit": dit, "ema": ema, "optimizer": optimizer}
-    run = Run(folder, args, proc, parts, train_set, COLUMNS, flops)
+    run = Run(folder, args, proc, parts, train_set, space.fingerprint, COLUMNS, flops)
     run.say(f"{sum(p.numel() for p in trained) / 1e6:.2f} M parameters, {tokens} tokens a frame")
     if shape.dim < (wide := space.latent_dim * shape.patch_size**2) and not shape.wide_head:
         run.say(
@@ -458,16 +457,13 @@ def main() -> None:
             scores = validate(ema, objective, space, clips, args, proc)
             run.write({"step": run.step, **scores})
             for name, some in (("sample", clips), ("train_sample", train_clips)):
-                if proc.rank == 0 and space.has_decoder:
+                if space.has_decoder:
                     path = folder / f"{name}_{run.step:07d}.gif"
-                    with run.writing():
-                        write_sample(path, ema, objective, space, some, args, proc.device)
+                    run.alone(write_sample, path, ema, objective, space, some, args, proc.device)
         if last or stopped or (run.step and run.step % args.save_every == 0):
             run.save()
-            if proc.rank == 0:
-                with run.writing():
-                    path = folder / "world_model.safetensors"
-                    save_world_model(path, ema, objective, space, about)
+            path = folder / "world_model.safetensors"
+            run.alone(save_world_model, path, ema, objective, space, about)
         if last or stopped:
             break
 
@@ -489,8 +485,7 @@ def main() -> None:
         decay = min(args.ema, (1 + run.step) / (10 + run.step))
         run.update(optimizer, [norm])
         torch._foreach_lerp_(average, weights, 1 - decay)
-        if run.step % args.log_every == 0:
-            run.report(lr, grad_norm=norm)
+        run.report(lr, grad_norm=norm)
     run.end()
 
 

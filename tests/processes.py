@@ -3,7 +3,10 @@
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -54,3 +57,20 @@ def finish(processes: list, log: Path) -> str:
     text = log.read_text()
     assert [process.exitcode for process in processes] == [0] * len(processes), text
     return text
+
+
+def torchrun(script: str, words, log) -> subprocess.Popen:
+    """Start two processes of a script as the README does."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    root = Path(__file__).parents[1]
+    command += [str(root / f"{script}.py"), *map(str, words)]
+    return subprocess.Popen(
+        command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)

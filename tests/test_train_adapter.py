@@ -4,6 +4,7 @@ import csv
 import math
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -13,12 +14,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import finish, start
+from processes import finish, start, torchrun, wait_until
 
 import data
 import train_adapter
 from adapter import AdapterConfig, PixelDecoder, PixelDecoderConfig, create_adapter, load_adapter
-from data import InputError, append_index, load_torch, write_episode
+from data import (
+    ClipSampler,
+    DataConfig,
+    EpisodeDataset,
+    InputError,
+    append_index,
+    load_torch,
+    write_episode,
+)
 from train_adapter import COLUMNS, Args, Autoencoder, Critic, balance, ms_ssim
 
 ADAPTER = AdapterConfig(
@@ -404,7 +413,7 @@ def test_resuming_lists_changed_flags_and_refuses_what_must_not_change(train, ca
     for flags, match in (
         (("--stage", "psvae"), "--stage psvae"),
         (("--adapter_latent_dim", "7"), "--adapter"),
-        (("--batch_size", "2"), "2 .batch_size x grad_accum x processes"),
+        (("--batch_size", "2"), "4 clips a step .batch_size x grad_accum x processes., now 2"),
     ):
         with pytest.raises(InputError, match=match):
             train("run", *flags, resume=True)
@@ -582,6 +591,37 @@ def test_kill_9_at_ten_random_moments_loses_nothing(tiny, tmp_path):
     finish(start("train_adapter", ["--resume", folder], log), log)
     finish(other, tmp_path / "other")
     assert same(folder, straight)
+
+
+def test_torchrun_ends_at_once_with_the_error_of_one_process(tiny, tmp_path):
+    """An episode is damaged that only the second process reads, and only in the loop."""
+    dataset = EpisodeDataset(
+        DataConfig(
+            str(shutil.copytree(tiny, tmp_path / "data")),
+            "tiny",
+            num_frames=2,
+            stride=1,
+            image_size=32,
+            num_history=0,
+        ),
+        "train",
+    )
+    orders = [iter(ClipSampler(dataset, 1, rank, 2)) for rank in range(2)]
+    steps = ([batch[0][1] for batch in pair] for pair in zip(*orders, strict=True))
+    seen, (first, second) = {0, 1}, next(steps)  # the first clips fit the PCA
+    while second in seen | {first}:
+        seen |= {first, second}
+        first, second = next(steps)
+    damaged = dataset.info(second)["path"]
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    flags = ["--dataset_dir", tmp_path / "data", "--output_dir", tmp_path / "run"]
+    flags += ["--batch_size", 1, "--num_epochs", 1000]
+    with (tmp_path / "log").open("w") as log:
+        process = torchrun("train_adapter", [*TINY, *flags], log)
+        wait_until(lambda: "error: " in (tmp_path / "log").read_text())
+        code = process.wait(timeout=20)  # torchrun kills after 30 s what does not end
+    text = (tmp_path / "log").read_text()
+    assert code != 0 and f"error: {damaged}: truncated" in text, text
 
 
 def test_missing_data_is_one_sentence_and_exit_code_2(tmp_path):

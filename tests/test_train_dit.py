@@ -7,18 +7,20 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import finish, start
+from processes import finish, start, torchrun, wait_until
 from test_data import mutations
 
 import data
@@ -35,7 +37,7 @@ from data import (
 )
 from diffusion import FlowMatching, draw
 from dit import load_dit
-from world_model import WorldModel
+from world_model import LatentSpace, WorldModel
 
 SMALL = (
     "--subset_names mini --image_size 32 --num_frames 5 --batch_size 4 --val_clips 4 --log_every 1 "
@@ -159,8 +161,23 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(episodes, tmp_path, c
         run("--resume", folder)
 
 
+def test_two_hundred_damaged_checkpoints_fall_back_to_the_one_before(straight, tmp_path):
+    state, fallen = load_torch(straight / "last.pt"), 0
+    del state["dit"], state["ema"], state["optimizer"]  # tensors are tensors
+    torch.save(state, tmp_path / "previous.pt")
+    content = (tmp_path / "previous.pt").read_bytes()
+    for damaged in mutations(content, 2):
+        (tmp_path / "last.pt").write_bytes(damaged)
+        run = SimpleNamespace(folder=tmp_path, parts={}, fixed={}, dataset=range(10), say=print)
+        run.skipped, run.in_a_row = torch.zeros(2)
+        data.Run.load(run)
+        assert run.step == 6 and run.state["random"]
+        fallen += not run.rotate
+    assert fallen > 100  # the others hit what nobody reads
+
+
 def test_resuming_lists_changed_flags_and_refuses_what_must_not_change(
-    episodes, straight, tmp_path, capsys
+    episodes, straight, tmp_path, capsys, monkeypatch
 ):
     folder = shutil.copytree(straight, tmp_path / "run")
     run("--resume", folder, "--lr", "1e-5", "--log_every", 2)
@@ -169,10 +186,16 @@ def test_resuming_lists_changed_flags_and_refuses_what_must_not_change(
     for flags, match in (
         (("--seed", 4), "--seed 4: the run was started with 3"),
         (("--objective", "ddpm"), "--objective ddpm: the run was started with flow_matching"),
-        (("--batch_size", 2), "4 clips a step, now 2"),
+        (("--standardize", False), "--standardize False"),
+        (("--freeze", "x_proj"), "--freeze x_proj"),
+        (("--batch_size", 2), "4 clips a step .batch_size x grad_accum x processes., now 2"),
     ):
         with pytest.raises(InputError, match=match):
             run("--resume", folder, *flags)
+    monkeypatch.setattr(LatentSpace, "fingerprint", "another")
+    with pytest.raises(InputError, match="encoder and adapter, now another"):
+        run("--resume", folder)
+    monkeypatch.undo()
     capsys.readouterr()
     run(f"--resume={folder}")
     assert "lr" not in capsys.readouterr().out.partition("resumed")[0]  # 1e-5 is remembered
@@ -316,6 +339,42 @@ def test_an_exception_of_one_process_ends_all_with_its_error_on_screen(episodes,
     assert "RuntimeError: a bad shard" in log.read_text() and time.monotonic() - began < 60
 
 
+def test_a_signal_to_torchrun_saves_and_names_the_command_to_go_on(episodes, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    flags = words(episodes, folder, "--max_steps", 100_000, "--log_every", 2)
+    with log.open("w") as file:
+        process = torchrun("train_dit", flags, file)
+        wait_until(lambda: (folder / "log.csv").exists() and len(rows(folder)) > 2)
+        process.terminate()
+        process.wait(timeout=20)  # torchrun kills after 30 s what does not end
+    command = f"torchrun --nproc_per_node=2 train_dit.py --resume {folder}"
+    assert f"go on with: {command}" in log.read_text(), log.read_text()
+    assert load_torch(folder / "last.pt")["step"] >= 6
+
+
+def slow_process(module):
+    """Have one process cache, the other draw for longer than collectives wait."""
+    small(module)
+    begin, rank = module.data.init_processes, os.environ["RANK"]
+    name = "write_sample" if rank == "0" else "write_latent_cache"
+    owner = module if rank == "0" else module.data
+    slow = getattr(owner, name)
+
+    def sleepy(*args):
+        time.sleep(3)
+        slow(*args)
+        setattr(owner, name, slow)
+
+    setattr(owner, name, sleepy)
+    module.data.init_processes = lambda device: begin(device, timeout_minutes=2.5 / 60)
+
+
+def test_no_process_runs_into_a_timeout_while_another_caches_or_draws(episodes, tmp_path):
+    flags = words(episodes, tmp_path / "run", "--max_steps", 2, "--val_every", 1)
+    log = tmp_path / "log"
+    finish(start("train_dit", flags, log, 2, slow_process), log)
+
+
 def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(
     episodes, tmp_path, monkeypatch, capsys
 ):
@@ -363,10 +422,22 @@ def test_losses_that_are_not_finite_are_skipped_and_counted(episodes, tmp_path, 
 def test_ten_bad_losses_in_a_row_stop_the_run_with_names_and_a_checkpoint(
     episodes, tmp_path, monkeypatch
 ):
-    poison(monkeypatch, lambda step: step > 2)
-    with pytest.raises(InputError, match=r"step 12: ten losses .*00000000\d.safetensors.*--resume"):
-        train(episodes, tmp_path / "run", "--max_steps", 50)
-    assert load_torch(tmp_path / "run" / "last.pt")["step"] == 12
+    """They are noticed though they began before a resume and ended before the next log line."""
+    read, bad, init = [], [], data.Episode.__init__
+    monkeypatch.setattr(
+        data.Episode, "__init__", lambda self, path: read.append(path) or init(self, path)
+    )
+    poison(monkeypatch, lambda step: 3 <= step <= 12 and bool(bad.append(read[-1]) or True))
+    folder = tmp_path / "run"
+    train(episodes, folder, "--max_steps", 6, "--batch_size", 1, "--log_every", 7)
+    before = load_torch(folder / "last.pt")
+    with pytest.raises(InputError, match="step 14: ten losses .* of steps 3 to 12") as error:
+        run("--resume", folder, "--max_steps", 50)
+    names = re.findall(r"\S+safetensors", str(error.value))
+    assert len(bad) == 10 and sorted(names) == sorted({str(path) for path in bad}) != []
+    after = load_torch(folder / "last.pt")
+    assert (before["step"], after["step"], after["skipped"], after["in_a_row"]) == (6, 14, 12, 0)
+    assert all(torch.equal(tensor, after["dit"][name]) for name, tensor in before["dit"].items())
 
 
 def test_the_log_has_every_column_and_a_curve(episodes, tmp_path, monkeypatch):
