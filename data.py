@@ -33,6 +33,7 @@ import resource
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import urllib.request
@@ -40,6 +41,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from inspect import getdoc, getsource
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -78,6 +80,29 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+def show_flags(cls: type, given: Any) -> None:
+    """Print each flag under its group's name: its value and its comment in the source."""
+    values = {f.name: f.default for f in dataclasses.fields(cls)} | (vars(given) if given else {})
+    bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    for line in "".join(map(getsource, bases)).splitlines():
+        field = re.fullmatch(r"    (\w+): (.*?)(?: = .*?)?(?:  # (.*))?", line)
+        if line.startswith("    # -- "):
+            print(f"\n{line[9:]}")
+        if not field or field[1] not in values:
+            continue
+        name, kind, comment = field.groups()
+        if nested := re.search(r"Annotated\[(\w+)", kind):  # its fields are flags too
+            cls_within = getattr(sys.modules[cls.__module__], nested[1])
+            show_flags(cls_within, values[name] if given else cls_within())
+            continue
+        if choices := re.findall(r"[\"'](\w+)[\"']", kind):
+            comment += f" ({' | '.join(choices)})"
+        value = values[name] if values[name] is not dataclasses.MISSING else "(must be given)"
+        flag = f"  --{name} {'' if value in (None, '', ()) else value}"
+        lines = textwrap.wrap(comment, shutil.get_terminal_size().columns - 42)
+        print(f"{flag:41}", f"\n{'':42}".join(["", *lines] if len(flag) > 41 else lines))
+
+
 def parse_args(cls: type, toy: Any = None, default: Any = None) -> Any:
     """Parse the command line with tyro; a first word `toy` puts `toy` in the defaults' place."""
     import tyro
@@ -85,6 +110,11 @@ def parse_args(cls: type, toy: Any = None, default: Any = None) -> Any:
     words = [{"true": "True", "false": "False"}.get(word, word) for word in sys.argv[1:]]
     if toy is not None and words[:1] == ["toy"]:
         words, default = words[1:], toy
+    if {"-h", "--help"} & {*words}:
+        about = getdoc(cls)  # of a dataclass without its own: its signature
+        print(about if about.endswith(".") else getdoc(sys.modules[cls.__module__]))
+        show_flags(cls, default)
+        sys.exit(0)
     flags = (tyro.conf.FlagConversionOff,)
     return tyro.cli(cls, args=words, default=default, use_underscores=True, config=flags)
 

@@ -1,5 +1,6 @@
 """README: every command it shows parses, and its table of files is complete."""
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import data
+from adapter import AdapterConfig
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -68,3 +70,38 @@ def test_the_openvla_policy_answers_in_model_units(monkeypatch):
 def test_the_table_names_every_file():
     shown = re.findall(r"^\| `(\w+\.py)` \|", TEXT, re.M)
     assert sorted(shown) == sorted(p.name for p in ROOT.glob("*.py"))
+
+
+SCRIPTS = ["train_dit", "train_adapter", "evaluate", "data", "world_model", "encoders"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_says_of_every_flag_its_value_and_meaning(name, monkeypatch, capsys):
+    script = importlib.import_module(name)
+    toy = getattr(script, "TOY", None)
+    monkeypatch.setenv("COLUMNS", "90")
+    for default, words in [(None, ["--help"])] + [(toy, ["toy", "-h"])] * bool(toy):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        with pytest.raises(SystemExit) as stop:
+            data.parse_args(script.Args, toy)
+        said = capsys.readouterr().out
+        assert not stop.value.code and len(said.split("  --")[0]) > 20  # what the script does
+        flags = dict(re.findall(r"^  --(\w+) (.+(?:\n {42}.+)*)", said, re.M))
+        nested = dataclasses.fields(AdapterConfig) if name == "train_adapter" else ()
+        asked = [f for f in dataclasses.fields(script.Args) if f.name != "adapter"]
+        assert {*flags} == {f.name for f in (*asked, *nested)}
+        for field in asked:
+            value, shown = getattr(default, field.name, field.default), flags[field.name]
+            if isinstance(value, (int, float, str)):
+                assert shown.startswith(str(value))
+                shown = shown[len(str(value)) :]
+            assert len(shown.strip()) > 3  # the comment
+        assert max(map(len, said.partition("  --")[2].splitlines())) <= 90
+
+
+def test_help_shows_the_groups_of_the_config(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_dit.py", "--help"])
+    with pytest.raises(SystemExit):
+        data.parse_args(importlib.import_module("train_dit").Args)
+    groups = re.findall(r"\n\n(.+)\n  --", capsys.readouterr().out)
+    assert groups == ["data", "latent space", "model", "objective", "optimisation", "run"]
