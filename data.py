@@ -218,12 +218,18 @@ class Processes(NamedTuple):
         if self.world > 1:
             torch.distributed.barrier(self.patient)
 
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all, on the device."""
+        if self.world > 1:
+            x = x.to(self.device)
+            torch.distributed.all_reduce(x)
+        return x
+
     def any(self, mine: bool) -> bool:
         """Whether it is so in any process; the device is not waited for."""
-        if self.world == 1:
-            return mine
         votes = torch.tensor(float(mine))
-        torch.distributed.all_reduce(votes, group=self.patient)
+        if self.world > 1:
+            torch.distributed.all_reduce(votes, group=self.patient)
         return votes.item() > 0
 
 
@@ -1831,16 +1837,14 @@ class Run:
             return
         steps = self.step - self.since
         means = torch.stack([*(x / steps for x in self.sums.values()), *norms.values()])
-        means = torch.cat((means, self.in_a_row[None]))
-        if self.proc.world > 1:
-            torch.distributed.all_reduce(means)
+        means = self.proc.total(torch.cat((means, self.in_a_row[None])))
         *means, bad = (means / self.proc.world).tolist()  # the only host sync
         row = {"step": self.step, **dict(zip((*self.sums, *norms), means, strict=True)), "lr": lr}
         pace = (time.perf_counter() - self.began) / steps
         row |= {"clips_per_s": self.global_batch / pace, "ms_per_step": 1000 * pace}
         row |= {"mfu": self.flops / pace / self.peak} if self.peak else {}
         row |= {"minutes_left": pace * (self.last_step - self.step) / 60}
-        if self.device.type == "cuda":
+        if self.device.type == "cuda":  # the most so far
             row["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         else:  # bytes on macOS, KiB elsewhere
             unit = 1e9 if sys.platform == "darwin" else 1e6

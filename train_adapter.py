@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import random
 import warnings
@@ -43,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from adapter import AdapterConfig, PixelDecoder, PixelDecoderConfig, create_adapter, save_adapter
-from data import EpisodeDataset, InputError, Run, begin, choose_clips, psnr, write_atomic
+from data import EpisodeDataset, InputError, Processes, Run, begin, choose_clips, psnr, write_atomic
 from diffusion import draw
 from encoders import EncoderConfig, create_autoencoder
 
@@ -58,6 +57,9 @@ FIXED = (  # what resuming may not change
     "use_pixel_decoder decoder_channels decoder_multipliers decoder_blocks decoder_attention "
     "decoder_groups stage gan_weight seed"
 ).split()
+
+
+PIXEL_TERMS = "pixel", "lpips", "ms_ssim"
 
 
 @dataclass
@@ -274,23 +276,20 @@ class Autoencoder(nn.Module):
         return z_rec, mean, logvar, painted
 
 
-def feature_terms(out: tuple, z: Tensor, args: Args, kl_weight: float) -> dict[str, tuple]:
-    """Compare reconstructed with true features: {name: (weight, value)}."""
-    z_rec, mean, logvar, _ = out
+def compare(
+    out: tuple, z: Tensor, frames: Tensor | None, args: Args, kl_weight: float, lpips=None
+) -> dict[str, tuple]:
+    """Compare reconstructed features and painted frames with true ones: {name: (weight, value)}."""
+    z_rec, mean, logvar, painted = out
     terms = {"mse": (1.0, F.mse_loss(z_rec, z))}
     terms["cosine"] = (args.cosine_weight, 1 - F.cosine_similarity(z_rec, z, dim=-1).mean())
     a, b = (torch.fft.rfft(x.flatten(-3, -2), dim=-2).abs() for x in (z_rec, z))
     terms["spectral"] = (args.spectral_weight, F.l1_loss(a, b))
     if logvar is not None:
         terms["kl"] = (kl_weight, 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean())
-    return terms
-
-
-def pixel_terms(
-    painted: Tensor, frames: Tensor, args: Args, lpips: nn.Module | None
-) -> dict[str, tuple]:
-    """Compare painted with true frames: {name: (weight, value)}."""
-    terms = {"pixel": (args.pixel_weight, F.mse_loss(painted, frames))}
+    if painted is None:
+        return terms
+    terms["pixel"] = (args.pixel_weight, F.mse_loss(painted, frames))
     if lpips is not None:
         a, b = (2 * x.flatten(0, -4).movedim(-1, 1) - 1 for x in (painted, frames))
         terms["lpips"] = (args.pixel_weight * args.lpips_weight, lpips(a, b).mean())
@@ -310,16 +309,15 @@ def cut(z: Tensor, frames: Tensor | None, cells: int, seed: int) -> tuple[Tensor
     return z[..., y : y + cells, x : x + cells, :], frames
 
 
-def weigh(terms: dict[str, tuple]) -> Tensor:
-    return sum(weight * value for weight, value in terms.values())
+def weigh(terms: dict[str, tuple], names: Iterable[str] | None = None) -> Tensor:
+    """Sum the terms, or those of some names, each by its weight."""
+    return sum(w * value for name, (w, value) in terms.items() if names is None or name in names)
 
 
-def balance(pixel_loss: Tensor, gan_loss: Tensor, last: nn.Parameter, parallel) -> Tensor:
+def balance(pixel_loss: Tensor, gan_loss: Tensor, last: nn.Parameter, proc: Processes) -> Tensor:
     """Weigh the GAN so that both losses pull equally at the last layer [Esser 2021, sec. 3.2]."""
     grads = [torch.autograd.grad(x, last, retain_graph=True)[0] for x in (pixel_loss, gan_loss)]
-    for grad in grads if parallel else []:
-        parallel.all_reduce(grad, op=parallel.ReduceOp.AVG)
-    pixel, gan = (grad.norm() for grad in grads)
+    pixel, gan = (proc.total(grad).norm() / proc.world for grad in grads)
     return (pixel / (gan + 1e-4)).clamp(0, 1e4)
 
 
@@ -335,70 +333,64 @@ class Clips(Dataset):
 
 
 @torch.no_grad()
-def fit_pca(clips: Iterable[tuple[Tensor, Tensor]], parallel) -> tuple[Tensor, Tensor, Tensor]:
+def fit_pca(clips: Iterable[tuple], proc: Processes) -> tuple[Tensor, Tensor, Tensor]:
     """Find mean (D,), principal axes (D, D) and their variances (D,), strongest axis first."""
     moments = 0.0
     for z, _ in clips:
         x = F.pad(z.flatten(0, -2).double(), (0, 1), value=1.0)  # the ones count and sum
         moments = moments + x.T @ x
-    if parallel:
-        parallel.all_reduce(moments)
+    moments = proc.total(moments)
     mean = moments[-1, :-1] / moments[-1, -1]
     covariance = moments[:-1, :-1] / moments[-1, -1] - mean.outer(mean)
     variances, axes = torch.linalg.eigh(covariance)  # ascending
     return mean.float(), axes.flip(1).float(), variances.flip(0).clamp_min(0).float()
 
 
-def paint(model: Autoencoder, encoder: nn.Module, u: Tensor, z_rec: Tensor) -> Tensor | None:
-    """Return frames from the pixel decoder, else from the encoder's own decoder, else nothing."""
-    if model.pixel_decoder is not None:
-        return model.pixel_decoder(u)
-    return encoder.decode(z_rec) if encoder.has_decoder else None
-
-
 @torch.no_grad()
-def validate(model: Autoencoder, encoder: nn.Module, clips, pca, parallel) -> dict[str, float]:
+def validate(model, encoder, clips, pca, proc: Processes) -> tuple[dict[str, float], list]:
     """Average over held-out clips what adapter and decoder keep, and what an equal PCA keeps.
 
     The PCA's frames come from the encoder's own decoder; figures that need a decoder which does
     not exist are left out. Every process measures its share of the clips; all get the averages.
+    ->  averages; of up to four clips the first frames (V, H, W, 3), real and, if there is a
+        decoder, painted, and the first features (V, h, w, D) before and after the adapter
     """
-    (mean, basis), totals = pca, {}
+    (mean, basis), totals, shown = pca, {}, []
     for z, frames in clips:
-        u, z_pca = model.adapter.encode(z), mean + (z - mean) @ basis @ basis.T
+        u, z_pca, painted = model.adapter.encode(z), mean + (z - mean) @ basis @ basis.T, None
         z_rec = model.adapter.decode(u)
+        if model.pixel_decoder is not None:
+            painted = model.pixel_decoder(u)
+        elif encoder.has_decoder:
+            painted = encoder.decode(z_rec)
         values = {"clips": z.new_ones(1), "val_mse": (z_rec - z).square()}
         values["val_cosine"] = F.cosine_similarity(z_rec, z, dim=-1)
         values["pca_cosine"] = F.cosine_similarity(z_pca, z, dim=-1)
-        if (painted := paint(model, encoder, u, z_rec)) is not None:
+        if painted is not None:
             values |= {"val_psnr": psnr(painted, frames), "val_ssim": ms_ssim(painted, frames, 1)}
         if encoder.has_decoder:
             values["pca_psnr"] = psnr(encoder.decode(z_pca), frames)
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + len(z) * value.double().mean()
-    sums = torch.stack([*totals.values()])
-    if parallel:
-        parallel.all_reduce(sums)
-    return dict(zip(totals, (sums / sums[0]).tolist(), strict=True)) | {"clips": int(sums[0])}
+        if len(shown) < 4:
+            shown.append([x[:, 0] for x in (frames, painted, z, z_rec) if x is not None])
+    sums = proc.total(torch.stack([*totals.values()]))
+    averages = dict(zip(totals, (sums / sums[0]).tolist(), strict=True))
+    return averages | {"clips": int(sums[0])}, shown
 
 
-@torch.no_grad()
-def write_picture(path: Path, model: Autoencoder, encoder: nn.Module, clips, pca) -> None:
-    """Write a row for each of a few frames: real | painted | features before | after the adapter.
+def write_picture(path: Path, shown: list, pca) -> None:
+    """Write a row for each frame that `validate` shows: real | painted | features before | after.
 
     The colours of the features are their first three principal components, the same in both.
     """
-    z, frames = (torch.cat(x)[:, :1] for x in zip(*itertools.islice(clips, 4), strict=True))
-    u = model.adapter.encode(z)
-    z_rec = model.adapter.decode(u)
-    painted = paint(model, encoder, u, z_rec)
+    *columns, z, z_rec = (torch.cat(x) for x in zip(*shown, strict=True))
     colours = [(x - pca[0]) @ pca[1][:, :3] for x in (z, z_rec)]
-    low, high = colours[0].amin((0, 1, 2, 3)), colours[0].amax((0, 1, 2, 3))
-    columns = [frames] + ([] if painted is None else [painted[:, :1]])
+    low, high = colours[0].amin((0, 1, 2)), colours[0].amax((0, 1, 2))
     for x in colours:
-        x = ((x - low) / (high - low)).clamp(0, 1).flatten(0, 1).movedim(-1, 1)
-        columns.append(F.interpolate(x, frames.shape[2:4]).movedim(1, -1)[:, None])
-    picture = torch.cat([torch.cat(list(x[:, 0]), dim=0) for x in columns], dim=1)
+        x = ((x - low) / (high - low)).clamp(0, 1).movedim(-1, 1)
+        columns.append(F.interpolate(x, columns[0].shape[1:3]).movedim(1, -1))
+    picture = torch.cat([x.flatten(0, 1) for x in columns], dim=1)
     image = Image.fromarray(data.to_uint8(picture))
     write_atomic(path, lambda temporary: image.save(temporary, "PNG"))
 
@@ -409,7 +401,7 @@ def main() -> None:
     on_cuda = proc.device.type == "cuda"
     use_bf16 = on_cuda if args.bf16 is None else args.bf16
     use_compile = on_cuda if args.compile is None else args.compile
-    parallel = torch.distributed if proc.world > 1 else None
+    parallel = proc.world > 1
     use_gan = args.use_pixel_decoder and args.gan_weight > 0
     if use_gan and parallel and not on_cuda:
         raise InputError(
@@ -470,7 +462,7 @@ def main() -> None:
         )
     model = Autoencoder(adapter, pixel_decoder, args.stage == "psvae").to(proc.device)
     critic = Critic().to(proc.device) if use_gan else None
-    mean, axes, variances = fit_pca(some(train_set), parallel)
+    mean, axes, variances = fit_pca(some(train_set), proc)
     pca = mean, axes[:, : adapter.latent_dim]
     if args.adapter.adapter_pca:
         adapter.begin_as_pca(mean, axes, variances)
@@ -520,9 +512,9 @@ def main() -> None:
     while True:
         last, stopped = run.step >= run.last_step, run.stopped()
         if not stopped and (last or (run.step and run.step % args.val_every == 0)):
-            run.write({"step": run.step, **validate(model, encoder, some(test_set), pca, parallel)})
-            path = folder / f"sample_{run.step:07d}.png"
-            run.alone(write_picture, path, model, encoder, some(test_set), pca)
+            averages, shown = validate(model, encoder, some(test_set), pca, proc)
+            run.write({"step": run.step, **averages})
+            run.alone(write_picture, folder / f"sample_{run.step:07d}.png", shown, pca)
         if last or stopped or (run.step and run.step % args.save_every == 0):
             run.save()
             run.alone(save_adapter, folder / "adapter.safetensors", adapter, pixel_decoder)
@@ -546,15 +538,12 @@ def main() -> None:
             with net.no_sync() if wait else contextlib.nullcontext():
                 with autocast:
                     out = net(z, eps)
-                terms, painted = feature_terms(out, z, args, kl_weight), out[3]
-                if painted is not None:
-                    judged = lpips if seen >= args.lpips_start else None
-                    of_pixels = pixel_terms(painted, frames, args, judged)
-                    terms |= of_pixels
+                judged = lpips if seen >= args.lpips_start else None
+                terms, painted = compare(out, z, frames, args, kl_weight, judged), out[3]
                 if use_gan and seen >= args.gan_start:
                     critic.requires_grad_(False)
                     gan, last_layer = -critic.judge(painted).mean(), pixel_decoder.conv_out.weight
-                    share = balance(weigh(of_pixels), gan, last_layer, parallel)
+                    share = balance(weigh(terms, PIXEL_TERMS), gan, last_layer, proc)
                     terms["gan"] = (args.gan_weight * share, gan)
                 loss = weigh(terms)
                 (loss / args.grad_accum).backward()

@@ -236,9 +236,7 @@ def validate(dit, objective, space, clips, args, proc) -> dict[str, float]:
         else:
             values = [(x - shown[3]).square() for x in shown[:3]]
         sums += torch.tensor([len(i), *(v.flatten(1).mean(1).sum().item() for v in values)])
-    if proc.world > 1:
-        sums = sums.to(proc.device)
-        torch.distributed.all_reduce(sums)
+    sums = proc.total(sums)
     kind = "psnr" if space.has_decoder else "latent_mse"
     means = (sums[1:] / sums[0]).tolist()
     return {f"{kind}_{name}": mean for name, mean in zip(names, means, strict=True)}

@@ -33,6 +33,7 @@ from train_adapter import COLUMNS, Args, Autoencoder, Critic, balance, ms_ssim
 ADAPTER = AdapterConfig(
     adapter_latent_dim=6, adapter_num_layers=1, adapter_num_heads=4, adapter_intermediate_size=32
 )
+ALONE = data.Processes(0, 1, 0, torch.device("cpu"))
 TINY = (
     "--subset_names tiny --image_size 32 --num_frames 2 --stride 1 --num_workers 0 "
     "--encoder_type pixels --pixel_patch 4 --adapter_latent_dim 6 --adapter_num_layers 1 "
@@ -160,7 +161,7 @@ def test_ms_ssim_can_be_descended_from_any_start():
 
 def feature_loss(z_rec, z, mean, logvar, kl_weight=1.0, **flags):
     args = Args(adapter=ADAPTER, **flags)
-    return train_adapter.feature_terms((z_rec, mean, logvar, None), z, args, kl_weight)
+    return train_adapter.compare((z_rec, mean, logvar, None), z, None, args, kl_weight)
 
 
 def test_perfect_features_cost_nothing_but_the_posterior():
@@ -194,8 +195,8 @@ def test_defaults_are_the_weights_of_the_paper():
     z, mean = torch.randn(1, 1, 4, 4, 8), torch.zeros(1, 1, 4, 4, 3)
     frames = torch.rand(1, 1, 176, 176, 3)
     args = Args(adapter=ADAPTER)
-    terms = feature_loss(z, z, mean, mean, args.kl_weight)
-    terms |= train_adapter.pixel_terms(frames, frames, args, lambda a, b: (a - b).square())
+    out, lpips = (z, mean, mean, frames), lambda a, b: (a - b).square()
+    terms = train_adapter.compare(out, z, frames, args, args.kl_weight, lpips)
     weights = {name: weight for name, (weight, _) in terms.items()}
     assert weights == {
         "mse": 1.0, "cosine": 1.0, "spectral": 0.01, "kl": 1e-4, "pixel": 1.0, "lpips": 0.5, "ms_ssim": 0.5,
@@ -204,9 +205,9 @@ def test_defaults_are_the_weights_of_the_paper():
 
 
 def test_lpips_sees_frames_from_minus_one_to_one_channels_first():
-    seen, frames = [], torch.rand(2, 3, 40, 48, 3)
-    args = Args(adapter=ADAPTER, ms_ssim_weight=0.0)
-    train_adapter.pixel_terms(frames, frames, args, lambda a, b: seen.append((a, b)) or a.mean())
+    seen, frames, z = [], torch.rand(2, 3, 40, 48, 3), torch.randn(1, 1, 4, 4, 8)
+    args, lpips = Args(adapter=ADAPTER), lambda a, b: seen.append((a, b)) or a.mean()
+    train_adapter.compare((z, z, None, frames), z, frames, args, 1.0, lpips)
     expected = 2 * frames.permute(0, 1, 4, 2, 3).flatten(0, 1) - 1
     assert all(torch.equal(x, expected) for x in seen[0])
 
@@ -268,7 +269,7 @@ def test_hinge_loss_is_zero_beyond_the_margin_and_one_when_undecided(monkeypatch
 def test_balance_makes_both_losses_pull_equally():
     weight = torch.nn.Parameter(torch.randn(5))
     a, b = (3 * weight).sum(), (weight * torch.randn(5)).sum()
-    share = balance(a, b, weight, None)
+    share = balance(a, b, weight, ALONE)
     grads = [torch.autograd.grad(x, weight)[0].norm() for x in (a, b)]
     torch.testing.assert_close(share * grads[1], grads[0], rtol=1e-3, atol=0)  # 1e-4 in the ratio
     assert not share.requires_grad
@@ -277,7 +278,7 @@ def test_balance_makes_both_losses_pull_equally():
 def test_pca_finds_the_plane_in_which_features_lie():
     basis = torch.linalg.qr(torch.randn(10, 2))[0]
     clips = [(3 + torch.randn(2, 1, 4, 4, 2) @ basis.T, None) for _ in range(3)]
-    mean, axes, variances = train_adapter.fit_pca(clips, None)
+    mean, axes, variances = train_adapter.fit_pca(clips, ALONE)
     found = axes[:, :2]
     x = clips[0][0]
     torch.testing.assert_close(mean + (x - mean) @ found @ found.T, x, atol=1e-4, rtol=0)
@@ -488,7 +489,7 @@ def test_a_decoder_of_another_size_is_refused(train):
 
 
 def test_losses_that_are_not_finite_are_skipped_and_counted(train, monkeypatch):
-    whole, calls = train_adapter.feature_terms, []
+    whole, calls = train_adapter.compare, []
 
     def poisoned(*args):
         calls.append(1)
@@ -496,7 +497,7 @@ def test_losses_that_are_not_finite_are_skipped_and_counted(train, monkeypatch):
         bad = len(calls) == 2
         return {n: (w, v * (float("nan") if bad else 1.0)) for n, (w, v) in terms.items()}
 
-    monkeypatch.setattr(train_adapter, "feature_terms", poisoned)
+    monkeypatch.setattr(train_adapter, "compare", poisoned)
     folder = train("run", "--max_steps", "4")
     assert [row["skipped"] for row in rows(folder) if row["loss"]] == ["0", "1", "1", "1"]
     state = load_torch(folder / "last.pt")
@@ -505,10 +506,10 @@ def test_losses_that_are_not_finite_are_skipped_and_counted(train, monkeypatch):
 
 
 def test_ten_bad_losses_in_a_row_stop_the_run_with_names_and_a_checkpoint(train, monkeypatch):
-    whole = train_adapter.feature_terms
+    whole = train_adapter.compare
     monkeypatch.setattr(
         train_adapter,
-        "feature_terms",
+        "compare",
         lambda *a: {n: (w, v * math.inf) for n, (w, v) in whole(*a).items()},
     )
     with pytest.raises(InputError, match=r"step 10: ten losses .*00000000\d.safetensors.*--resume"):

@@ -159,6 +159,17 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(episodes, tmp_path, c
         path.write_bytes(b"PK")
     with pytest.raises(InputError, match="no whole last.pt or previous.pt"):
         run("--resume", folder)
+    (folder / "config.json").write_bytes((folder / "config.json").read_bytes()[:-9])
+    with pytest.raises(InputError, match="config.json: truncated"):
+        run("--resume", folder)
+
+
+def loaded(folder: Path, fixed: dict, episodes: int = 10, **parts) -> SimpleNamespace:
+    """Load a checkpoint as a run of so many episodes and these parts does."""
+    run = SimpleNamespace(folder=folder, parts=parts, fixed=fixed, dataset=range(episodes))
+    run.say, (run.skipped, run.in_a_row) = print, torch.zeros(2)
+    data.Run.load(run)
+    return run
 
 
 def test_two_hundred_damaged_checkpoints_fall_back_to_the_one_before(straight, tmp_path):
@@ -168,12 +179,21 @@ def test_two_hundred_damaged_checkpoints_fall_back_to_the_one_before(straight, t
     content = (tmp_path / "previous.pt").read_bytes()
     for damaged in mutations(content, 2):
         (tmp_path / "last.pt").write_bytes(damaged)
-        run = SimpleNamespace(folder=tmp_path, parts={}, fixed={}, dataset=range(10), say=print)
-        run.skipped, run.in_a_row = torch.zeros(2)
-        data.Run.load(run)
+        run = loaded(tmp_path, state["fixed"])
         assert run.step == 6 and run.state["random"]
         fallen += not run.rotate
     assert fallen > 100  # the others hit what nobody reads
+
+
+def test_resuming_tells_of_other_episodes_and_refuses_other_scripts_and_shapes(straight, capsys):
+    fixed = load_torch(straight / "last.pt")["fixed"]
+    loaded(straight, fixed, 11)
+    assert "episodes 10 -> 11" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no whole last.pt"):
+        loaded(straight, fixed, critic=None)
+    assert "another script or version, without {'critic'}" in capsys.readouterr().out
+    with pytest.raises(InputError, match="last.pt: dit is of another model"):
+        loaded(straight, fixed, dit=torch.nn.Linear(2, 2))
 
 
 def test_resuming_lists_changed_flags_and_refuses_what_must_not_change(
