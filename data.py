@@ -1691,8 +1691,12 @@ class Run:
         if proc.rank == 0:
             write_atomic(folder / "config.json", json.dumps(self.config, indent=1).encode())
             old = self.log.read_text().splitlines(True)[1:] if self.log.exists() else []
-            kept = [x for x in old if x[-1] == "\n" and int(x.partition(",")[0]) <= self.step]
-            write_atomic(self.log, (",".join(self.columns) + "\n" + "".join(kept)).encode())
+            lines = [",".join(self.columns) + "\n"]
+            for line in (line for line in old if line[-1] == "\n"):
+                step, loss = line.split(",", 2)[:2]
+                if int(step) < self.step + bool(loss or int(step) % args.val_every):
+                    lines.append(line)  # all but a validation that is done again
+            write_atomic(self.log, "".join(lines).encode())
         self.signals: list[int] = []
         self.handlers = {
             number: signal.signal(number, lambda number, _: self.signals.append(number))

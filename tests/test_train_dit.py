@@ -143,12 +143,16 @@ def test_resumed_equals_uninterrupted_bit_for_bit(episodes, straight, tmp_path, 
 
 
 def test_a_corrupt_checkpoint_falls_back_to_the_one_before(episodes, tmp_path, capsys):
-    folder = train(episodes, tmp_path / "run", "--max_steps", 4, "--save_every", 2)
-    last = folder / "last.pt"
+    flags = "--max_steps 4 --save_every 2 --val_every 2".split()
+    folder = train(episodes, tmp_path / "run", *flags)
+    last, log = folder / "last.pt", rows(folder)
+    assert [row["step"] for row in log] == ["1", "2", "2", "3", "4", "4"]
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
     run("--resume", folder, "--max_steps", 4)
     out = capsys.readouterr().out
     assert f"warning: {last}" in out and f"resumed {folder} at step 2" in out
+    for row, again in zip(log, rows(folder), strict=True):
+        assert all(row[name] == again[name] for name in ("step", "loss", "psnr_model"))
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1  # inside a tensor: the file still opens
     last.write_bytes(content)
