@@ -334,16 +334,14 @@ class Episode:
         row = self.views.index(view) * len(self) + int(t)
         return self.jpeg[int(self.offsets[row]) : int(self.offsets[row + 1])].tobytes()
 
-    def frames(self, times: Iterable, views: Iterable, size: int | None, dtype=np.uint8):
-        """Decode frames to (V, T, H, W, 3): bytes, or float32 in [0, 1]."""
-        times, views, out = list(times), list(views), None
-        for i, (view, t) in enumerate(itertools.product(views, times)):
-            frame = decode_frame(self.jpeg_bytes(t, view), size, str(self.path))
-            out = np.empty((len(views) * len(times), *frame.shape), dtype) if i == 0 else out
-            if frame.shape != out.shape[1:]:
-                raise InputError(f"{self.path}: its frames differ in size; {REMEDY} with one size")
-            out[i] = frame if dtype == np.uint8 else np.divide(frame, 255, dtype=dtype)
-        return out.reshape(len(views), len(times), *out.shape[1:])
+    def frames(self, times: Iterable, views: Iterable, size: int | None) -> np.ndarray:
+        """Decode frames to uint8 (V, T, H, W, 3)."""
+        times, views, where = list(times), list(views), str(self.path)
+        jpegs = [self.jpeg_bytes(t, view) for view, t in itertools.product(views, times)]
+        frames = [decode_frame(jpeg, size, where) for jpeg in jpegs]
+        if len({frame.shape for frame in frames}) > 1:
+            raise InputError(f"{where}: its frames differ in size; {REMEDY} with one size")
+        return np.stack(frames).reshape(len(views), len(times), *frames[0].shape)
 
 
 def read_episode(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
@@ -1448,8 +1446,8 @@ class EpisodeDataset(torch.utils.data.Dataset):
         if len(episode) != info["length"]:
             raise InputError(f"{episode.path}: {len(episode)} frames, not as indexed; {REMEDY}")
         if self.latents is None:
-            frames = episode.frames(times, config.views, config.image_size, np.float32)
-            frames = torch.from_numpy(frames)
+            frames = episode.frames(times, config.views, config.image_size)
+            frames = torch.from_numpy(np.divide(frames, 255, dtype=np.float32))
         else:
             frames = self.read_latents(episode, times)
         actions = torch.from_numpy(merge_actions(episode.actions, times, config.action_merge))
@@ -1490,8 +1488,9 @@ def write_latent_cache(
             episode, z = Episode(source), []
             for view, t in itertools.product(config.views, range(0, len(episode), 32)):
                 times = range(t, min(t + 32, len(episode)))
-                frames = episode.frames(times, [view], config.image_size, np.float32)
-                z.append(encode(torch.from_numpy(frames))[0].bfloat16().cpu())
+                frames = episode.frames(times, [view], config.image_size)
+                frames = torch.from_numpy(np.divide(frames, 255, dtype=np.float32))
+                z.append(encode(frames)[0].bfloat16().cpu())
             z = torch.cat(z).unflatten(0, (len(config.views), len(episode)))
             made_of = {"fingerprint": latents, "jpeg_bytes": int(episode.offsets[-1])}
             save_tensors(path, {"z": z}, made_of)
