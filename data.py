@@ -58,6 +58,7 @@ from tqdm import tqdm
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError)  # what damaged text leads to
 
 
 class InputError(ValueError):
@@ -159,8 +160,7 @@ def reading(path: str | Path, remedy: str, *faults: type) -> Iterator[None]:
 @contextlib.contextmanager
 def open_tensors(path: str | Path, framework: str = "pt", device: Any = "cpu") -> Iterator[tuple]:
     """Open a safetensors file of ours: (file, metadata); what goes wrong becomes an InputError."""
-    faults = SafetensorError, LookupError, TypeError, ValueError, OSError
-    with reading(path, "copy or write it again", *faults):
+    with reading(path, "copy or write it again", SafetensorError, OSError, *DAMAGED):
         with safe_open(str(path), framework=framework, device=str(device)) as file:
             yield file, json.loads((file.metadata() or {}).get("metadata", "{}"))
 
@@ -174,7 +174,7 @@ def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> tuple[
 def load_torch(path: str | Path) -> Any:
     """Read a `.pt` file on the CPU, memory-mapped, without ever running code in it."""
     remedy = "a file that needs code to run is refused; otherwise fetch or write it again"
-    with reading(path, remedy, Exception):  # torch raises a dozen types for broken archives
+    with reading(path, remedy, Exception):  # of zip, pickle and torch: they name no types
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -305,7 +305,7 @@ def open_frame(image: bytes | np.ndarray, where: str, decode: bool = True) -> Im
         if decode:
             opened.load()
         return opened
-    except Exception as error:  # Pillow raises a dozen types
+    except Exception as error:  # OSError, zlib.error, SyntaxError, ...: Pillow names no types
         fault = f"not a JPEG, PNG or uint8 (H, W, 3) image, or a broken one ({error})"
         raise InputError(f"{where}: {fault}; {REMEDY}") from error
 
@@ -388,16 +388,14 @@ class Episode:
         row = self.views.index(view) * len(self) + int(t)
         return self.jpeg[int(self.offsets[row]) : int(self.offsets[row + 1])].tobytes()
 
-    def frames(self, times: Iterable, views: Iterable, size: int | None, dtype=np.uint8):
-        """Decode frames to (V, T, H, W, 3): bytes, or float32 in [0, 1]."""
-        times, views, out = list(times), list(views), None
-        for i, (view, t) in enumerate(itertools.product(views, times)):
-            frame = decode_frame(self.jpeg_bytes(t, view), size, str(self.path))
-            out = np.empty((len(views) * len(times), *frame.shape), dtype) if i == 0 else out
-            if frame.shape != out.shape[1:]:
-                raise InputError(f"{self.path}: its frames differ in size; {REMEDY} with one size")
-            out[i] = frame if dtype == np.uint8 else np.divide(frame, 255, dtype=dtype)
-        return out.reshape(len(views), len(times), *out.shape[1:])
+    def frames(self, times: Iterable, views: Iterable, size: int | None) -> np.ndarray:
+        """Decode frames to uint8 (V, T, H, W, 3)."""
+        times, views, where = list(times), list(views), str(self.path)
+        jpegs = [self.jpeg_bytes(t, view) for view, t in itertools.product(views, times)]
+        frames = [decode_frame(jpeg, size, where) for jpeg in jpegs]
+        if len({frame.shape for frame in frames}) > 1:
+            raise InputError(f"{where}: its frames differ in size; {REMEDY} with one size")
+        return np.stack(frames).reshape(len(views), len(times), *frames[0].shape)
 
 
 def read_episode(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
@@ -430,7 +428,7 @@ def read_index(folder: str | Path) -> tuple[dict, list[dict], dict[str, list[dic
     if not lines:
         flags = f"--dataset_name {path.parent.name} --output_dir {path.parent.parent}"
         raise MissingFileError(f"{path}: no such data set; convert it: python data.py {flags}")
-    with reading(path, REMEDY, ValueError, LookupError, TypeError, AttributeError):
+    with reading(path, REMEDY, *DAMAGED):
         header, *records = map(json.loads, lines)
         records = list({record["shard"]: record for record in records}.values())
         for split, entries in [pair for r in records for pair in r["episodes"].items()]:
@@ -469,27 +467,30 @@ class Source(NamedTuple):
     cameras: str  # image keys; the first is the main camera
     mapping: str
     fps: float
+    language: str  # key of the instruction, in a step or in its observation
     success: str = ""  # key in episode_metadata, or "reward": that of the last step
 
 
 RAIL, GCS = "https://rail.eecs.berkeley.edu/datasets/", "gs://gresearch/robotics/{}/0.1.0"
 BRIDGE = RAIL + "bridge_release/data/tfds/bridge_dataset/1.0.0"
 LIBERO = "https://huggingface.co/datasets/openvla/modified_libero_rlds/resolve/main/{}_no_noops/1.0.0"
+SAID, SAID_OXE = "language_instruction", "natural_language_instruction"
 SOURCES = {name: Source(url.format(name), *rest) for name, url, *rest in (
-    ("bridge_v2", BRIDGE, 124, "image_0", "bridge", 5, "reward"),
-    ("bridge_v2_multiview", BRIDGE, 124, "image_0 image_1 image_2 image_3", "bridge", 5, "reward"),
-    ("soar", RAIL + "soar_release/1.0.0", None, "image_0", "bridge", 5, "success"),
-    ("bridge", GCS, 387, "image", "bridge", 5),  # an older data set than bridge_v2
-    ("rt_1", GCS.format("fractal20220817_data"), 111, "image", "raw", 3, "reward"),
-    ("taco_play", GCS, 48, "rgb_static", "taco_play", 15),
-    ("jaco_play", GCS, 9, "image", "jaco_play", 10),
-    ("berkeley_cable_routing", GCS, 5, "image", "raw", 10),
-    ("roboturk", GCS, 45, "front_rgb", "raw", 10),
-    ("nyu_door_opening_surprising_effectiveness", GCS, 7, "image", "nyu_door", 3),
-    ("viola", GCS, 10, "agentview_rgb", "viola", 20),
-    ("berkeley_autolab_ur5", GCS, 76, "image", "autolab_ur5", 5),
-    ("toto", GCS, 128, "image", "toto", 30),
-    *((f"libero_{suite}", LIBERO, None, "image", "libero", 20, "reward")
+    ("bridge_v2", BRIDGE, 124, "image_0", "bridge", 5, SAID, "reward"),
+    ("bridge_v2_multiview", BRIDGE, 124, "image_0 image_1 image_2 image_3", "bridge", 5, SAID,
+     "reward"),
+    ("soar", RAIL + "soar_release/1.0.0", None, "image_0", "bridge", 5, SAID, "success"),
+    ("bridge", GCS, 387, "image", "bridge", 5, SAID_OXE),  # an older data set than bridge_v2
+    ("rt_1", GCS.format("fractal20220817_data"), 111, "image", "raw", 3, SAID_OXE, "reward"),
+    ("taco_play", GCS, 48, "rgb_static", "taco_play", 15, SAID_OXE),
+    ("jaco_play", GCS, 9, "image", "jaco_play", 10, SAID_OXE),
+    ("berkeley_cable_routing", GCS, 5, "image", "raw", 10, SAID_OXE),
+    ("roboturk", GCS, 45, "front_rgb", "raw", 10, SAID_OXE),
+    ("nyu_door_opening_surprising_effectiveness", GCS, 7, "image", "nyu_door", 3, SAID_OXE),
+    ("viola", GCS, 10, "agentview_rgb", "viola", 20, SAID_OXE),
+    ("berkeley_autolab_ur5", GCS, 76, "image", "autolab_ur5", 5, SAID_OXE),
+    ("toto", GCS, 128, "image", "toto", 30, SAID_OXE),
+    *((f"libero_{suite}", LIBERO, None, "image", "libero", 20, SAID, "reward")
       for suite in ("10", "object", "goal", "spatial")),
 )}
 # fmt: on
@@ -543,8 +544,7 @@ def unpack_example(example: dict, source: Source) -> tuple[list, np.ndarray, dic
             frames[view] = images
     if 0 not in frames:
         raise InputError(f"the main camera of {source.cameras!r} is missing")
-    said = {**steps[0], **steps[0]["observation"]}
-    text = said.get("natural_language_instruction") or said.get("language_instruction") or b""
+    text = {**steps[0], **steps[0]["observation"]}[source.language]
     success = {**about, "reward": steps[-1].get("reward")}.get(source.success)
     metadata = {
         "views": [*frames],
@@ -593,11 +593,14 @@ def masked_crc32c(message: bytes) -> int:
 def load_rlds(folder: Path, source: Source) -> tuple[Any, Any]:
     """Load an RLDS description: (tfds' info, decoders that leave every image as bytes)."""
     import tensorflow_datasets as tfds
+    from google.protobuf import json_format
+
+    schema, about = folder / "features.json", folder / "dataset_info.json"
 
     def refuse_foreign(node: dict) -> None:  # loading the schema would import it
         for name in (node.get("pythonClassName"), node.get("type")):
             if isinstance(name, str) and not name.startswith("tensorflow_datasets."):
-                raise InputError(f"{folder}/features.json: class {name} is not from RLDS; refused")
+                raise InputError(f"{schema}: class {name} is not from RLDS; refused")
 
     def skip_images(node: Any) -> Any:
         node = node.feature if isinstance(node, tfds.features.Dataset) else node
@@ -606,15 +609,15 @@ def load_rlds(folder: Path, source: Source) -> tuple[Any, Any]:
         if isinstance(node, tfds.features.FeaturesDict):
             return {name: found for name in node if (found := skip_images(node[name]))}
 
-    remedy = "fetch it and dataset_info.json again"
-    with reading(folder / "features.json", remedy, Exception):  # tfds raises a dozen types
-        json.loads((folder / "features.json").read_text(), object_hook=refuse_foreign)
-        info = tfds.builder_from_directory(folder).info
-        features = info.features
+    faults = (json_format.Error, ImportError, *DAMAGED)
+    with reading(schema, "fetch it again", *faults):
+        json.loads(schema.read_text(), object_hook=refuse_foreign)
+        features = tfds.features.FeatureConnector.from_config(str(folder))
         has = {*features["steps"].feature, *features["steps"].feature["observation"]}
-        if missing := {"action", *source.cameras.split()} - has:
-            raise InputError(f"{folder}: no feature {missing} in {has}; is this another data set?")
-        return info, skip_images(features)
+        if missing := {"action", source.language, *source.cameras.split()} - has:
+            raise InputError(f"{schema}: no feature {missing} in {has}; is this another data set?")
+    with reading(about, "fetch it again", *faults):
+        return tfds.builder_from_directory(folder).info, skip_images(features)
 
 
 def read_shard(path: Path, source: Source, rlds: tuple[Any, Any], check: bool) -> Iterator[Any]:
@@ -622,6 +625,8 @@ def read_shard(path: Path, source: Source, rlds: tuple[Any, Any], check: bool) -
 
     TFRecord: u64 length | its CRC | payload | its CRC. Behind a damaged length nothing is found.
     """
+    from google.protobuf import message
+
     (info, decoders), size = rlds, path.stat().st_size
 
     def broken(fault: str) -> InputError:
@@ -644,7 +649,7 @@ def read_shard(path: Path, source: Source, rlds: tuple[Any, Any], check: bool) -
                 yield unpack_example(example, source)
             except InputError as error:
                 yield error
-            except Exception as error:  # protobuf, tfds and NumPy raise a dozen types
+            except (message.Error, *DAMAGED) as error:
                 yield InputError(f"does not match features.json ({error!r})")
 
 
@@ -653,23 +658,26 @@ NUMPY = threading.Lock()  # Python 3.11 cannot parse the headers of two arrays a
 
 def read_own(path: Path) -> Iterator[Any]:
     """Yield the one episode of an .npz file, or of a folder of images with actions.npy."""
-    try:
+    remedy, known = "an episode needs frames and actions", {"language", "success", "fps"}
+    array, about, found = path / "actions.npy", path / "metadata.json", {}
+    try:  # of zip, zlib, tokenize, ...: NumPy names no types
         if path.is_file():
-            with NUMPY, np.load(path) as file:
-                about = {name: file[name] for name in file.files}
-            frames, actions = about.pop("frames"), about.pop("actions")
-            about = {name: value.item() for name, value in about.items()}
+            with NUMPY, reading(path, remedy, Exception), np.load(path) as file:
+                frames, actions = file["frames"], file["actions"]
+                found = {key: file[key].item() for key in known & {*file.files}}
         else:
+            with NUMPY, reading(array, remedy, Exception):
+                actions = np.load(array)
             cameras = sorted(p for p in path.iterdir() if p.is_dir()) or [path]
             names = [sorted(c.glob("*.[jJpP][pPnN]*[gG]")) for c in cameras]
             frames = [[name.read_bytes() for name in view] for view in names]
-            about = path / "metadata.json"
-            about = json.loads(about.read_bytes()) if about.exists() else {}
-            with NUMPY:
-                actions = np.load(path / "actions.npy")
-        yield frames, actions, {k: about[k] for k in {"language", "success", "fps"} & about.keys()}
-    except Exception as error:  # NumPy, zipfile and json raise a dozen types
-        yield InputError(f"{path}: no episode to read ({error!r}); it needs frames and actions")
+            if about.exists():
+                with reading(about, "mend or remove it", *DAMAGED):
+                    said = json.loads(about.read_bytes())
+                    found = {key: said[key] for key in known & said.keys()}
+        yield frames, actions, found
+    except InputError as error:
+        yield error
 
 
 # --- Toy world: a table, an arm with a gripper, blocks and a plate before three cameras. Metres and
@@ -1213,13 +1221,13 @@ def open_source(args: Args, folder: Path, taken: int) -> tuple:
             raise InputError(f"{where}: {len(found)} data sets ({found[0]}, ...); name one of them")
         if not found:
             shards = list_own(Path(where), taken)
-            return Source("", None, "", "raw", 5.0), Path(where), "", shards, 0, read_own
+            return Source("", None, "", "raw", 5.0, ""), Path(where), "", shards, 0, read_own
         base = found[0].parent
     if not public:
         raise InputError(f"{where}: RLDS data; say which with --dataset_name: {names}")
     rlds = load_rlds(base, public)
     read = functools.partial(read_shard, source=public, rlds=rlds, check=args.check_crc)
-    with reading(base / "dataset_info.json", "fetch it again", Exception):  # of tfds
+    with reading(base / "dataset_info.json", "fetch it again", *DAMAGED):
         return public, base, url, *list_shards(rlds[0], base, not url, args), read
 
 
@@ -1502,8 +1510,8 @@ class EpisodeDataset(torch.utils.data.Dataset):
         if len(episode) != info["length"]:
             raise InputError(f"{episode.path}: {len(episode)} frames, not as indexed; {REMEDY}")
         if self.latents is None:
-            frames = episode.frames(times, config.views, config.image_size, np.float32)
-            frames = torch.from_numpy(frames)
+            frames = episode.frames(times, config.views, config.image_size)
+            frames = torch.from_numpy(np.divide(frames, 255, dtype=np.float32))
         else:
             frames = self.read_latents(episode, times)
         actions = torch.from_numpy(merge_actions(episode.actions, times, config.action_merge))
@@ -1544,8 +1552,9 @@ def write_latent_cache(
             episode, z = Episode(source), []
             for view, t in itertools.product(config.views, range(0, len(episode), 32)):
                 times = range(t, min(t + 32, len(episode)))
-                frames = episode.frames(times, [view], config.image_size, np.float32)
-                z.append(encode(torch.from_numpy(frames))[0].bfloat16().cpu())
+                frames = episode.frames(times, [view], config.image_size)
+                frames = torch.from_numpy(np.divide(frames, 255, dtype=np.float32))
+                z.append(encode(frames)[0].bfloat16().cpu())
             z = torch.cat(z).unflatten(0, (len(config.views), len(episode)))
             made_of = {"fingerprint": latents, "jpeg_bytes": int(episode.offsets[-1])}
             save_tensors(path, {"z": z}, made_of)

@@ -30,16 +30,18 @@ from diffusion import FlowMatching, time_shift
 from dit import DIT_SIZES, DiT, DiTConfig, timestep_embedding
 
 
-def alternate(variants: dict[str, Callable], rounds: int) -> dict[str, float]:
+def alternate(
+    variants: dict[str, Callable], rounds: int, clock: Callable = time.perf_counter
+) -> dict[str, float]:
     """Time variants in turns, so that other load hits all alike: {name: median seconds}."""
     for run in variants.values():  # warm up: compile, fill caches
         run()
     seconds = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -232,65 +234,98 @@ def plan(args) -> None:
 def clips_and_shards(args) -> None:
     """Time what feeds training: clips against MP4, conversion, checksums, latent cache."""
     with tempfile.TemporaryDirectory() as folder:
-        frames = clips(args, Path(folder))
-        conversion(args, Path(folder), frames)
+        episodes = robot_episodes(Path(folder))
+        write_episodes(Path(folder, "robot"), episodes)
+        write_episodes(Path(folder, "one"), episodes[:1])
+        clips(args, Path(folder), episodes)
+        conversion(args, Path(folder), episodes[0])
         for size in ("T", "S"):
             cached_steps(argparse.Namespace(**{**vars(args), "size": size}), Path(folder))
 
 
-def clips(args, folder: Path) -> list[np.ndarray]:
-    """Time 10-frame clips of a 38-frame episode against its H.264 MP4; return its frames."""
+def robot_episodes(folder: Path) -> list[list[bytes]]:
+    """Return JPEGs of episodes: real Bridge ones where they are, else a noisy camera's."""
     from test_data import jpeg
 
     import data
 
-    rng = np.random.default_rng(0)
+    real, rng = Path(data.__file__).parents[1] / "shared/data/bridge_real", np.random.default_rng(0)
+    if real.is_dir():
+        data.convert(data.Args(output_dir=str(folder / "real"), source=str(real)))
+        found = [data.Episode(path) for path in (folder / "real").rglob("train/*.safetensors")]
+        return [[episode.jpeg_bytes(t) for t in range(len(episode))] for episode in found]
     wide = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     wide = np.asarray(Image.fromarray(wide).resize((512, 512), Image.Resampling.BICUBIC))
-    wide = np.clip(wide + rng.normal(0, 8, wide.shape), 0, 255).astype(np.uint8)
-    frames = [np.ascontiguousarray(wide[3 * t :][:256, 2 * t :][:, :256]) for t in range(38)]
-    data.append_index(folder / "robot", {"fps": 5, "action_mapping": "bridge"})
-    path = folder / "robot/train/000000000.safetensors"
-    entry = data.write_episode(path, [jpeg(f) for f in frames], np.zeros((38, 10)), {})
-    data.append_index(folder / "robot", {"shard": "a", "episodes": {"train": [entry]}})
-    dataset, draws = (
-        data.EpisodeDataset(data.DataConfig(str(folder), "robot"), "train"),
-        itertools.count(),
-    )
+    moved = [wide[3 * t :][:256, 2 * t :][:, :256] for t in range(38)]
+    noisy = [np.clip(frame + rng.normal(0, 8, frame.shape), 0, 255) for frame in moved]
+    return [[jpeg(frame.astype(np.uint8)) for frame in noisy]]
 
-    def video(everything: bool) -> None:
-        """Decode a clip's span from the only key frame, the first; turn frames into floats."""
-        first = int(dataset.info((next(draws), 0))["times"][0])
-        with av.open(str(folder / "a.mp4")) as file:
-            span = list(itertools.islice(file.decode(video=0), first, first + 19))
-            span = [f.to_ndarray(format="rgb24") for f in span[:: 1 if everything else 2]]
-        torch.from_numpy(np.stack(span)).float().div_(255)
 
-    variants = {"episode file": lambda: dataset[next(draws), 0]}
+def write_episodes(folder: Path, episodes: list[list[bytes]]) -> None:
+    """Write a data set of these frames, with actions of zeros."""
+    import data
+
+    entries = []
+    for i, frames in enumerate(episodes):
+        path = folder / f"train/{i:09d}.safetensors"
+        entries.append(data.write_episode(path, frames, np.zeros((len(frames), 10)), {}))
+    data.append_index(folder, {"fps": 5, "action_mapping": "bridge"})
+    data.append_index(folder, {"shard": "a", "episodes": {"train": entries}})
+
+
+def clips(args, folder: Path, episodes: list[list[bytes]]) -> None:
+    """Time training clips (10 frames at stride 2, anywhere in an episode) against H.264 MP4.
+
+    Both sides open the file, decode, and end with the ten frames as float32 in [0, 1]. The MP4 has
+    x264's default settings, so that decoding begins at its only key frame, the first.
+    """
+    import data
+
+    dataset = data.EpisodeDataset(data.DataConfig(str(folder), "robot"), "train")
+    draws = itertools.count()
+
+    def key():
+        return divmod(next(draws), len(dataset))
+
+    def video(thread_type: str) -> None:
+        info = dataset.info(key())
+        first = int(info["times"][0])
+        with av.open(str(folder / f"{info['number']}.mp4")) as opened:
+            opened.streams.video[0].thread_type = thread_type
+            span = itertools.islice(opened.decode(video=0), first, first + 19, 2)
+            kept = np.stack([frame.to_ndarray(format="rgb24") for frame in span])
+        torch.from_numpy(kept).float().div_(255)
+
+    variants = {"episode file": lambda: dataset[key()]}
     try:
         import av
     except ImportError:
         row("no PyAV here: no comparison with MP4")
     else:
-        with av.open(str(folder / "a.mp4"), "w") as out:
-            stream = out.add_stream("libx264", rate=5)
-            stream.width, stream.height = 256, 256
-            for frame in frames:
-                out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            out.mux(stream.encode())
-        variants["H.264 MP4, PyAV, all 19 frames"] = lambda: video(True)
-        variants["H.264 MP4, PyAV, the 10 kept"] = lambda: video(False)
-    seconds = alternate(variants, 20 * args.rounds)
-    row("a clip of 10 frames, 256 px", "ms", "x file")
-    for name, each in seconds.items():
-        row(name, f"{1e3 * each:.1f}", f"{each / next(iter(seconds.values())):.1f}")
-    return frames
+        for i, frames in enumerate(episodes):
+            with av.open(str(folder / f"{i}.mp4"), "w") as out:
+                stream = out.add_stream("libx264", rate=5)
+                stream.width, stream.height = 256, 256
+                for jpeg in frames:
+                    frame = data.decode_frame(jpeg, None, "bench")
+                    out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                out.mux(stream.encode())
+        variants["MP4, PyAV as it comes"] = functools.partial(video, "SLICE")
+        variants["MP4, PyAV, thread_type AUTO"] = functools.partial(video, "AUTO")
+    wall = alternate(variants, 20 * args.rounds)
+    busy = alternate(variants, 20 * args.rounds, time.process_time)
+    size = sum(map(len, itertools.chain(*episodes))) / sum(map(len, episodes)) / 1e3
+    print(f"  {len(episodes)} episodes, JPEGs of {size:.0f} KB; both sides end with floats")
+    row("a clip of 10 frames, 256 px", "ms", "x file", "ms of CPU", "x file")
+    for name in variants:
+        times = [(clock[name], clock[name] / clock["episode file"]) for clock in (wall, busy)]
+        row(name, *(f"{x:.1f}" for ms, ratio in times for x in (1e3 * ms, ratio)))
 
 
-def conversion(args, folder: Path, frames: list[np.ndarray]) -> None:
+def conversion(args, folder: Path, frames: list[bytes]) -> None:
     """Time converting six shards of 16 episodes against copying what came out."""
     import test_data
-    from test_data import bridge_example, jpeg
+    from test_data import bridge_example
 
     import data
 
@@ -300,7 +335,7 @@ def conversion(args, folder: Path, frames: list[np.ndarray]) -> None:
 
     test_data.framed, example = framed, bridge_example(0, len(frames))
     for step, frame in zip(example["steps"], frames, strict=True):
-        step["observation"]["image_0"] = jpeg(frame)
+        step["observation"]["image_0"] = frame
     source = test_data.write_rlds(
         folder / "rlds", {"train": [[example] * 16] * 6, "val": [[example]]}
     )
@@ -333,7 +368,7 @@ def cached_steps(args, folder: Path) -> None:
         z = narrow(vit(patches(x.reshape(-1, 256, 768))))
         return z.unflatten(1, (16, 16))[None]
 
-    config = data.DataConfig(str(folder), "robot")
+    config = data.DataConfig(str(folder), "one")
     data.write_latent_cache(config, "train", f"bench {args.size}", encode)
     cached = data.EpisodeDataset(config, "train", f"bench {args.size}")
     dataset, draws = data.EpisodeDataset(config, "train"), itertools.count()

@@ -16,6 +16,8 @@ import struct
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -542,6 +544,15 @@ def test_real_bridge_returns_actions_and_jpeg_bytes(shared, tmp_path):
     assert seen == 8
 
 
+def test_real_soar_keeps_its_labels_and_has_bridge_actions(shared, tmp_path):
+    folder = convert(shared / "data/soar_tiny", tmp_path, "soar", image_size=256)
+    episodes = episodes_of(folder)
+    labels = {("-success." in e.metadata["source"], e.metadata["success"]) for e in episodes}
+    assert labels == {(True, True), (False, False)}
+    for actions in (episode.actions for episode in episodes):
+        assert np.abs(actions).max() < 1.75 and set(np.unique(actions[:, 6])) <= {-1, 1}
+
+
 def test_fitting_jpegs_pass_through_undecoded(tmp_path, monkeypatch):
     source = write_rlds(tmp_path / "rlds", {"train": [[bridge_example(k) for k in range(3)]]})
 
@@ -610,9 +621,12 @@ for _name in ("10", "object", "goal", "spatial"):  # gains 1.75 and 3.5
 @pytest.mark.parametrize("name", sorted(data.SOURCES))
 def test_actions_of_every_data_set_by_hand(tmp_path, name):
     camera, action, ten = _TEN[name]
-    text = {"natural_language_instruction": "lift"} if isinstance(action, dict) else {}
-    step = {"action": action, "observation": {camera: jpeg(picture(1)), **text}}
-    step |= {} if text else {"language_instruction": "lift"}
+    step = {"action": action, "observation": {camera: jpeg(picture(1))}}
+    if isinstance(action, dict):  # Open X-Embodiment; taco_play has several instructions
+        step["observation"] |= {"natural_language_instruction": "lift"}
+        step["observation"] |= {"structured_language_instruction": "lift_pink_block"}
+    else:
+        step |= {"language_instruction": "lift"}
     if name == "bridge_v2_multiview":
         step["observation"] |= {f"image_{k}": jpeg(picture(k)) for k in (1, 2, 3)}
     source = write_rlds(tmp_path / "rlds", {"train": [[{"steps": [step, step]}]]})
@@ -792,18 +806,25 @@ def test_bad_records_stop_or_are_counted(tmp_path, fault, message):
 
 
 @pytest.mark.parametrize(
-    "fault", ["camera", "foreign", "json", "name", "template", "empty", "two", "absent"]
-)
-def test_bad_schemas_are_refused_before_anything_is_written(tmp_path, fault):
+    "fault, said",
+    [("camera", "features"), ("language", "features"), ("foreign", "features"),
+     ("features", "features.json"), ("class", "features.json"), ("info", "dataset_info.json"),
+     ("name", "nothing to convert"), ("template", "dataset_info.json"),
+     ("empty", "nothing to convert"), ("two", "name one of them"), ("absent", "check --source")],
+)  # fmt: skip
+def test_bad_schemas_are_refused_before_anything_is_written(tmp_path, fault, said):
     source, name = write_rlds(tmp_path / "in" / "a", {"train": [[bridge_example(0)]]}), "bridge_v2"
     if fault == "camera":
         name = "viola"
-    elif fault == "foreign":
-        text = (source / "features.json").read_text()
-        text = text.replace("tensorflow_datasets.core.features.text_feature.Text", "this.Text", 1)
-        (source / "features.json").write_text(text)
-    elif fault == "json":
-        (source / "dataset_info.json").write_text("{")
+    elif fault in ("language", "foreign", "class"):
+        text, known = (source / "features.json").read_text(), "tensorflow_datasets.core.features."
+        changes = {"language": ("language_instruction", "said"),
+                   "foreign": (f"{known}text_feature.Text", "this.Text"),
+                   "class": (f"{known}text_feature.Text", f"{known}no.Text")}  # fmt: skip
+        (source / "features.json").write_text(text.replace(*changes[fault]))
+    elif fault in ("features", "info"):
+        path = source / ("features.json" if fault == "features" else "dataset_info.json")
+        path.write_text("{")
     elif fault == "name":
         info = json.loads((source / "dataset_info.json").read_text())
         (source / "dataset_info.json").write_text(json.dumps({**info, "name": "../x"}))
@@ -814,7 +835,7 @@ def test_bad_schemas_are_refused_before_anything_is_written(tmp_path, fault):
         (source / "dataset_info.json").write_text(json.dumps(info))
     elif fault == "two":
         write_rlds(tmp_path / "in" / "b", {"train": [[bridge_example(0)]]})
-    with pytest.raises(data.InputError):
+    with pytest.raises(data.InputError, match=said):
         convert(tmp_path / ("in" if fault != "absent" else "nowhere"), tmp_path / "out", name)
     assert "this" not in sys.modules and not list(tmp_path.glob("out/*/*"))
 
@@ -857,7 +878,7 @@ def test_own_npz_and_image_folders_become_episodes(tmp_path):
     actions = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
     (source / "train").mkdir(parents=True)
     np.savez(source / "train" / "a.npz", frames=frames, actions=actions, language="lift",
-             success=True, fps=7.0)  # fmt: skip
+             success=True, fps=7.0, states=np.zeros((4, 3)))  # fmt: skip
     np.savez(source / "train" / "b.npz", frames=np.stack([frames] * 2), actions=actions)
     for camera in ("front", "wrist"):
         (source / "test" / "c" / camera).mkdir(parents=True)
@@ -904,6 +925,21 @@ def test_bad_own_episodes_are_refused_or_counted(tmp_path, fault):
     assert [e.metadata["source"] for e in episodes_of(folder)] == ["good.npz/0"]
 
 
+@pytest.mark.parametrize("file", ["actions.npy", "metadata.json", "1.png"])
+def test_damaged_file_of_an_own_folder_is_named(tmp_path, file):
+    folder = tmp_path / "mine" / "a"
+    folder.mkdir(parents=True)
+    for t in range(2):
+        (folder / f"{t}.png").write_bytes(jpeg(picture(t), "PNG"))
+    np.save(folder / "actions.npy", np.zeros((2, 7)))
+    (folder / "metadata.json").write_text('{"language": "lift", "operator": "me"}')
+    (episode,) = episodes_of(convert(tmp_path / "mine", tmp_path / "good", "mine"))
+    assert episode.metadata["language"] == "lift"
+    (folder / file).write_bytes((folder / file).read_bytes()[:-40])
+    with pytest.raises(data.InputError, match="a, episode 0" if file == "1.png" else file):
+        convert(tmp_path / "mine", tmp_path / "out", "mine")
+
+
 @pytest.mark.parametrize("kind, file", [("LeRobot", "meta/info.json"), ("MP4", "a/b.mp4")])
 def test_video_folders_are_answered_with_two_lines_of_python(tmp_path, kind, file):
     (tmp_path / "in" / file).parent.mkdir(parents=True)
@@ -913,6 +949,25 @@ def test_video_folders_are_answered_with_two_lines_of_python(tmp_path, kind, fil
     lines = [line for line in str(error.value).splitlines() if line.startswith("    ")]
     assert len(lines) == 2
     compile("\n".join(line.strip() for line in lines), "answer", "exec")  # it is Python
+
+
+def test_those_two_lines_turn_a_video_into_an_episode(tmp_path):
+    av, video = pytest.importorskip("av"), tmp_path / "in" / "a.mp4"
+    video.parent.mkdir()
+    with av.open(str(video), "w") as out:
+        stream = out.add_stream("libx264", rate=5)
+        stream.width = stream.height = 32
+        for t in range(5):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture(t), format="rgb24")))
+        out.mux(stream.encode())
+    with pytest.raises(data.InputError) as error:
+        convert(video.parent, tmp_path / "out", "mine")
+    lines = [line.strip() for line in str(error.value).splitlines() if line.startswith("    ")]
+    names = {"av": av, "np": np, "video": str(video), "actions": np.zeros((5, 7)), "text": "lift"}
+    exec("\n".join(lines), {**names, "name": tmp_path / "episodes.npz"})
+    video.unlink()
+    (episode,) = episodes_of(convert(tmp_path, tmp_path / "out", "mine"))
+    assert len(episode) == 5 and episode.metadata["language"] == "lift"
 
 
 # --- downloads
@@ -958,6 +1013,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if start:
             span = f"bytes {start}-{len(content) - 1}/{len(content)}"
             self.send_header("Content-Range", span)
+        if fault == "short":  # somebody on the way lost the rest and does not know
+            content = content[:-100]
         length = len(content) - start
         self.send_header("Content-Length", str(length))
         self.end_headers()
@@ -1029,11 +1086,36 @@ def test_download_gives_up_in_one_sentence_and_continues_later(tmp_path, server)
             convert(server.url + ("/x" if status == 404 else ""), tmp_path / str(status))
 
 
-def test_shard_damaged_on_its_way_is_fetched_again(tmp_path, server):
-    server.faults = ["corrupt"]
-    with pytest.raises(data.InputError, match="wrong checksum"):
+@pytest.mark.parametrize("fault, said", [("corrupt", "wrong checksum"), ("short", "is cut off")])
+def test_shard_damaged_on_its_way_is_fetched_again(tmp_path, server, fault, said):
+    server.faults = [fault]
+    with pytest.raises(data.InputError, match=said):
         convert(server.url, tmp_path / "out", num_workers=1)
     assert len(episodes_of(convert(server.url, tmp_path / "out"))) == 6
+
+
+def test_public_buckets_are_asked_over_https(tmp_path, monkeypatch):
+    asked = []
+
+    def answer(request, timeout):
+        asked.append(request.full_url)
+        raise urllib.error.HTTPError(request.full_url, 404, "Not Found", {}, None)
+
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    with pytest.raises(data.InputError, match="404"):
+        convert("", tmp_path, "viola")
+    assert asked == ["https://storage.googleapis.com/gresearch/robotics/viola/0.1.0/features.json"]
+
+
+def test_full_disk_ends_a_download_without_another_try(tmp_path, server, monkeypatch):
+    class Full(io.FileIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device", self.name)
+
+    monkeypatch.setattr(data, "open", Full, raising=False)
+    with pytest.raises(OSError, match="No space left on device: .*a.part"):
+        data.fetch(f"{server.url}/features.json", tmp_path / "a", lambda count: None)
+    assert len(server.requests) == 1
 
 
 def test_killed_conversion_continues_and_ends_equal(tmp_path):
