@@ -77,6 +77,7 @@ PRESETS = {  # released models DiT-{S,B,L}_NAME: encoder, hub folder
 }
 RELEASED = {"image_size": 256, "stride": 2, "num_history": 2, "action_merge": "drop", "fps": 5}
 RELEASED["action_mapping"] = "bridge"
+BANK = 4 << 30  # bytes of features, at most, that the inverse-dynamics probe learns from
 PROBES = {"linear": 0, "temporal": 1, "spatiotemporal": 2, "progress": 1, "text": 6, "idm": 6}
 
 
@@ -524,24 +525,27 @@ class Probe(nn.Module):
         return F.binary_cross_entropy_with_logits(self.judge(z, text), y)
 
 
-def fit(net: Probe, x: Tensor, y: Tensor, held: np.ndarray, steps: int, lr: float, read=None):
-    """Train on what is not held out of x (N, T, cells, C) and y; keep the best of ten states.
+def fit(net: Probe, read: Callable, y: Tensor, held: np.ndarray, steps: int, lr: float):
+    """Train on the samples that are not held out; keep the best of ten states, give its score.
 
-    read(p) gives the text of samples; with another one's, none is a success. Gives the score on
-    the held samples: minus the loss of `idm`, else balanced accuracy, then AUC.
+    read(p)  features (B, T, cells, C) of the samples p and their text (B, L, E) or None, on the
+             device of the network; with the text of another sample, none is a success
+    y        (samples, ...)   actions, or 1 for a success
+    ->       on the held samples, minus the loss of `idm`, else balanced accuracy, then AUC
     """
-    random, learn, device = np.random.default_rng(0), np.flatnonzero(~held), net.scale.device
-    seen = net.prepare(x[learn[:: math.ceil(len(learn) / 256)]].to(device)).flatten(0, 2)
+    random, learn = np.random.default_rng(0), np.flatnonzero(~held)
+    seen = net.prepare(read(random.choice(learn, 64))[0]).flatten(0, 2)
     net.scale[:] = torch.stack([seen.mean(0), seen.std(0) + 1e-3 * seen.std()])
     optimizer, states = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-4), []
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1, pct_start=0.1)
     parts = np.array_split(np.flatnonzero(held), math.ceil(held.sum() / 32))
     for step in tqdm(range(1, steps + 1), net.kind, leave=False, disable=None):
         p = random.choice(learn, 32)
-        z, text, other = x[p].to(device), read and read(p), read and read(np.roll(p, 1))
+        z, text = read(p)
         with torch.enable_grad():
             loss = net.loss(z, y[p], text)
-            if read:
+            if text is not None:
+                other = text.roll(1, 0)
                 same = (text == other).flatten(1).all(1)
                 loss = loss + net.loss(z, y[p] * same, other)
             loss.backward()
@@ -551,11 +555,10 @@ def fit(net: Probe, x: Tensor, y: Tensor, held: np.ndarray, steps: int, lr: floa
         schedule.step()
         if step % math.ceil(steps / 10) == 0 or step == steps:
             net.eval()
-            inputs = [(x[p].to(device), y[p], read and read(p)) for p in parts]
             if net.kind == "idm":
-                score = -sum(len(z) * net.loss(z, *rest).item() for z, *rest in inputs), 0
+                score = -sum(len(p) * net.loss(read(p)[0], y[p]).item() for p in parts), 0
             else:
-                samples = [torch.stack([a, net.judge(z, text)], 1) for z, a, text in inputs]
+                samples = [torch.stack([y[p], net.judge(*read(p))], 1) for p in parts]
                 samples = torch.cat(samples).cpu().numpy()
                 score = balanced_accuracy(samples), auc(samples)
             states.append((score, step, copy.deepcopy(net.state_dict())))
@@ -954,9 +957,9 @@ class Evaluation:
 
     def idm(self) -> dict[str, dict]:
         """Train the inverse-dynamics probe per horizon and read the actions off both futures."""
-        store, n = defaultdict(dict), self.n
+        store, n, bank = defaultdict(dict), self.n, self.bank()
         for k in self.horizons:
-            net, starts = self.fit_idm(k), range(n - 1, self.config.num_frames - k, k)
+            net, starts = self.fit_idm(k, *bank), range(n - 1, self.config.num_frames - k, k)
             for group, real, actions, _ in self.batches(f"idm k={k}"):
                 dreamed = self.native(z=self.dream(self.space.encode(real), actions, group))
                 true = torch.cat([actions[:, s : s + k, :6] for s in starts], 1)
@@ -965,22 +968,44 @@ class Evaluation:
                     read = torch.cat([net(z[:, s : s + k + 1])[..., :6] for s in starts], 1)
                     pairs = torch.stack([read, true], 2)
                     store[f"idm_r_k{k}", kind] |= zip(group, pairs, strict=True)
-        return self.rows(store, "pearson")
+        learned, limit = len(bank[0]), f", all that {BANK >> 20} MiB hold"
+        note = f"learned from {learned} clips" + limit * (learned < self.args.max_steps)
+        return {k: row | {"note": note} for k, row in self.rows(store, "pearson").items()}
 
-    def fit_idm(self, k: int) -> Probe:
-        """Train on windows of the train split; every tenth episode of it chooses the weights."""
-        args, x, y = self.args, [], []
-        config = dataclasses.replace(self.config, num_frames=k + 1, num_history=1)
-        clips = data.EpisodeDataset(config, "train")
-        episode = np.arange(8 * args.max_steps) % len(clips)
-        for j in tqdm(range(len(episode)), f"windows k={k}", disable=None, leave=False):
-            info = clips.info(divmod(j, len(clips)))
-            x.append(self.native(self.filmed(info)).flatten(2, 3).half().cpu())
-            y.append(self.recorded(info)[:, :k, :7])
-        x, y = torch.cat(x), torch.cat(y)
+    def bank(self) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Encode clips of the train split, once for all horizons; each process holds its own.
+
+        features  (N, T, cells, C)   half precision, in main memory: N is at most `max_steps` and
+                                     as many as BANK bytes hold (800 of V-JEPA's at ten frames)
+        actions   (N, T, 7)
+        held      (N,)               of every tenth episode, which chooses the weights
+        """
+        clips = data.EpisodeDataset(self.config, "train")
+        if len(clips) < 2:
+            raise InputError("idm: the split 'train' has one usable episode; convert more")
+        shape = self.native(self.filmed(clips.info(0))).flatten(2, 3).shape[1:]
+        count = max(2, min(self.args.max_steps, BANK // (2 * math.prod(shape))))
+        keys = data.ClipSampler(clips, count).batch(0)
+        bank, actions = torch.empty(count, *shape, dtype=torch.half), []
+        for j in tqdm(range(count), "training clips", disable=None, leave=False):
+            info = clips.info(keys[j])
+            bank[j] = self.native(self.filmed(info)).flatten(2, 3)[0]
+            actions.append(self.recorded(info)[..., :7])
+        _, episode = np.unique([i for _, i in keys], return_inverse=True)
+        return bank, torch.cat(actions), episode % 10 == 0
+
+    def fit_idm(self, k: int, bank: Tensor, actions: Tensor, held: np.ndarray) -> Probe:
+        """Train a probe on all windows of k + 1 frames in the bank's clips."""
+        windows, args = bank.shape[1] - k, self.args  # of a clip
+        y = actions[:, :-1].unfold(1, k, 1).flatten(0, 1).transpose(1, 2)  # (N windows, k, 7)
+
+        def read(p: np.ndarray) -> tuple[Tensor, None]:
+            frames = p[:, None] % windows + np.arange(k + 1)
+            return bank[p[:, None] // windows, frames].to(self.device), None
+
         torch.manual_seed(args.seed)
-        net = Probe("idm", x.shape[1:], args.probe_width).to(self.device)
-        fit(net, x, y, episode % 10 == 0, args.max_steps, 0.15 / args.probe_width)
+        net = Probe("idm", (k + 1, *bank.shape[2:]), args.probe_width).to(self.device)
+        fit(net, read, y, held.repeat(windows), args.max_steps, 0.15 / args.probe_width)
         return net
 
     # -- semantics
@@ -1021,10 +1046,11 @@ class Evaluation:
         steps = min(args.max_steps, 50 * math.ceil(len(x) / 32))
         for kind in [k for k in PROBES if k != "idm" and (k != "text" or self.text)]:
             torch.manual_seed(args.seed)
-            read = (lambda p: self.text(words[p])) if kind == "text" else None
-            text_dim = read(slice(1)).shape[-1] if read else 1
+            tell = self.text if kind == "text" else lambda words: None
+            text_dim = tell(words[:1]).shape[-1] if kind == "text" else 1
             net = Probe(kind, x.shape[1:], args.probe_width * 3 // 4, text_dim).to(self.device)
-            self.probes[kind], net.score = net, fit(net, x, y, held, steps, 1e-3, read)
+            read = lambda p, tell=tell: (x[p], tell(words[p]))  # noqa: E731
+            self.probes[kind], net.score = net, fit(net, read, y, held, steps, 1e-3)
 
     def judge(self, kind: str, features: Tensor, sentence: str) -> Tensor:
         """Score clips of one instruction by a success probe: (B, 8, h, w, C) -> (B,)."""

@@ -587,16 +587,38 @@ class PerfectReader:
 def test_inverse_dynamics_reads_each_window_of_real_and_dreamed_futures(
     measure_world, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(evaluate.Evaluation, "fit_idm", lambda self, k: PerfectReader())
-    rows = measure_world(metrics="idm", horizons="1,2")["metrics"]
+    monkeypatch.setattr(evaluate.Evaluation, "fit_idm", lambda *_: PerfectReader())
+    rows = measure_world(metrics="idm", horizons="1,2", max_steps=2)["metrics"]
     for name in ("idm_r_k1", "idm_r_k2"):
         row = rows[name]
         assert row["value"] > 0.98 and row["beside"]["real"] > 0.98  # JPEG noise
         assert row["ci"][0] <= row["value"] and min(row["per_dim"]["r2"]) > 0.9
         assert np.shape(row["samples"]) == (12, 4, 2, 6)  # clips, predicted frames, read and true
-    deaf = measure_world(deaf=True, metrics="idm", output_dir=str(tmp_path / "deaf"), horizons="1")
+    flags = {"output_dir": str(tmp_path / "deaf"), "max_steps": 2}
+    deaf = measure_world(deaf=True, metrics="idm", **flags)
     row = deaf["metrics"]["idm_r_k1"]
     assert abs(row["value"]) < 0.3 and row["beside"]["real"] > 0.98
+
+
+def test_inverse_dynamics_learns_from_every_window_of_one_bank_of_bounded_size(
+    measure_world, monkeypatch
+):
+    learned = []
+
+    def fit(net, read, y, held, *_):
+        learned.append((read(np.arange(len(y)))[0], y, held))
+        net.eval()
+
+    monkeypatch.setattr(evaluate, "fit", fit)
+    monkeypatch.setattr(evaluate, "BANK", 20 * (6 * 16 * 48) * 2)  # twenty clips of two bytes each
+    flags = {"horizons": "1,4", "max_steps": 50, "probe_width": 32}
+    rows = measure_world(metrics="idm", **flags)["metrics"]
+    assert rows["idm_r_k1"]["note"].startswith("learned from 20 clips, all that 0 MiB hold")
+    for k, (z, y, held) in zip((1, 4), learned, strict=True):
+        assert z.dtype == torch.half and z.shape == (20 * (6 - k), k + 1, 16, 48)
+        pairs = torch.stack([PerfectReader()(z.float()), y], 2)[..., :6]
+        assert evaluate.correlation(pairs.numpy())[0].min() > 0.95  # JPEG noise, half precision
+        assert held.sum() == 2 * (6 - k)  # two of twenty episodes
 
 
 def test_success_probes_tell_bright_episodes_real_and_dreamed(measure_world):
@@ -782,7 +804,7 @@ def test_inverse_dynamics_learns_small_moves_on_large_offsets_and_keeps_its_best
     y = torch.cat([0.5 * (x[:, 1] - x[:, 0]).mean(1), torch.zeros(400, 1)], 1)[:, None]
     torch.manual_seed(0)
     net, held = evaluate.Probe("idm", (2, 4, 6), 32), np.arange(400) % 10 == 0
-    score, _ = evaluate.fit(net, x, y, held, 150, 4e-3)
+    score, _ = evaluate.fit(net, lambda p: (x[p], None), y, held, 150, 4e-3)
     assert not net.training and not any(p.requires_grad for p in net.parameters())
     final = -len(y[held]) * net.loss(x[held], y[held]).item()
     assert final == pytest.approx(score, rel=1e-4)  # the best state is in place
@@ -824,7 +846,7 @@ def test_the_text_probe_learns_that_another_instruction_is_no_success():
     tokens = F.one_hot(word, 2).float()[:, None].repeat(1, 3, 1)
     torch.manual_seed(0)
     net = evaluate.Probe("text", (4, 4, 6), 32, 2)
-    evaluate.fit(net, x, y, np.arange(60) % 5 == 0, 60, 3e-3, lambda p: tokens[p])
+    evaluate.fit(net, lambda p: (x[p], tokens[p]), y, np.arange(60) % 5 == 0, 60, 3e-3)
     right, wrong = net.judge(x[1:6], tokens[1:6]), net.judge(x[1:6], tokens[1:6].flip(2))
     assert (right > wrong).all()
 
