@@ -140,7 +140,7 @@ class Args:
 
 TOY = Args(subset_names="toy", num_episodes=64, windows=16, population=64)
 TOY.metrics = "psnr,ssim,pck_patch,controllability,idm,probe," + ",".join(SIMULATED)
-TOY.max_steps, TOY.probe_width = 300, 64
+TOY.max_steps, TOY.probe_width = 120, 64
 
 
 class Unavailable(InputError):
@@ -549,9 +549,9 @@ class Probe(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(width), *(deep or [nn.Linear(width, 1)]))
 
     def prepare(self, z: Tensor) -> Tensor:
-        """Average the cells, or put beside each what changes in it: small, and all that counts."""
+        """Average the cells, or put beside each what the last action changed in it."""
         z = z.float().mean(2, keepdim=True) if self.averaged else z.float()
-        return torch.cat([z, z - z.mean(1, keepdim=True)], -1) if self.k else z
+        return torch.cat([z, F.pad(z.diff(dim=1), (0, 0, 0, 0, 1, 0))], -1) if self.k else z
 
     def forward(self, z: Tensor, text: Tensor | None = None) -> Tensor:
         z = (self.prepare(z) - self.scale[0]) / self.scale[1]
