@@ -17,11 +17,13 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import math
 import pydoc
 import re
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +39,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+from adapter import most_heads
 from data import InputError
 from diffusion import OBJECTIVES, time_shift
 from dit import load_dit, merge_views, split_views
@@ -77,6 +80,9 @@ PRESETS = {  # released models DiT-{S,B,L}_NAME: encoder, hub folder
 }
 RELEASED = {"image_size": 256, "stride": 2, "num_history": 2, "action_merge": "drop", "fps": 5}
 RELEASED["action_mapping"] = "bridge"
+PACKAGES = "torch torchvision numpy scipy transformers safetensors lpips pillow"
+PAUSE = 30  # seconds at least from one note of unfinished metrics on disk to the next
+BANK = 4 << 30  # bytes of features, at most, that the inverse-dynamics probe learns from
 PROBES = {"linear": 0, "temporal": 1, "spatiotemporal": 2, "progress": 1, "text": 6, "idm": 6}
 
 
@@ -134,7 +140,7 @@ class Args:
 
 TOY = Args(subset_names="toy", num_episodes=64, windows=16, population=64)
 TOY.metrics = "psnr,ssim,pck_patch,controllability,idm,probe," + ",".join(SIMULATED)
-TOY.max_steps, TOY.probe_width = 300, 64
+TOY.max_steps, TOY.probe_width = 120, 64
 
 
 class Unavailable(InputError):
@@ -471,11 +477,52 @@ def pck(real: tuple, generated: tuple, scale: float) -> dict[str, Tensor]:
 # Probes: small networks trained on real features, then applied, frozen, to generated ones.
 
 
+def heads(width: int) -> int:
+    """Take eight heads, as the paper; fewer where they would have less than 32 channels each."""
+    return most_heads(width, min(8, max(1, width // 32)))
+
+
+class Attention(nn.Module):
+    """Attend with QK-norm: x (..., L, width) to itself or to seen (..., M, width)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.norm, head = nn.RMSNorm(width), width // heads(width)
+        self.q_norm, self.k_norm = nn.RMSNorm(head), nn.RMSNorm(head)
+        self.out = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.1))
+
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        y = self.norm(x)
+        q, *kv = self.q(y), *self.kv(y if seen is None else seen).chunk(2, -1)
+        q, k, v = (z.unflatten(-1, (heads(z.shape[-1]), -1)).transpose(-2, -3) for z in (q, *kv))
+        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return x + self.out(y.transpose(-2, -3).flatten(-2))
+
+
+class FactoredBlock(nn.Module):
+    """Attend inside a frame, along time, to the instruction; then SwiGLU. x (B, T, N, width)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.space, self.time, self.words = (Attention(width) for _ in range(3))
+        self.norm, hidden = nn.RMSNorm(width), 8 * width // 3
+        self.gate, self.value = nn.Linear(width, hidden), nn.Linear(width, hidden)
+        self.out = nn.Sequential(nn.Linear(hidden, width), nn.Dropout(0.1))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = self.space(x)  # the N cells of each of B T frames
+        x = self.time(x.transpose(1, 2)).transpose(1, 2)  # the T frames of each of B N cells
+        x = self.words(x.flatten(1, 2), text).view_as(x)  # the instruction's L tokens
+        y = self.norm(x)
+        return x + self.out(F.silu(self.gate(y)) * self.value(y))
+
+
 class Probe(nn.Module):
     """Read off features which actions lie between frames (app. B.6), or whether the task succeeded.
 
     z     (B, T, N, C)   features of N cells; linear, temporal and progress average them
-    text  (B, L, E)      the instruction's tokens from a frozen SigLIP 2, seen like further cells
+    text  (B, L, E)      of `text`: the instruction's tokens from a frozen SigLIP 2
     ->    (B, T - 1, 7)  of `idm`, the actions between the frames; else (B, T) a logit a frame
     """
 
@@ -485,29 +532,38 @@ class Probe(nn.Module):
         self.averaged, C = kind in ("linear", "temporal", "progress"), 2 * C if self.k else C
         self.register_buffer("scale", torch.tensor([[0.0], [1.0]]).expand(2, C).clone())
         self.project = nn.Sequential(nn.RMSNorm(C), nn.Linear(C, width))
-        self.read = nn.Sequential(nn.Linear(text_dim, width), nn.RMSNorm(width))
         sizes = (T, 1), (1 if self.averaged else N,), (self.k,)
         rows = [nn.Parameter(0.5 * torch.randn(*size, width)) for size in sizes]  # from 0.02, the
         # paper's, nothing is learned in hundreds of steps
         self.time, self.place, self.queries = rows
-        options = {"activation": "gelu", "batch_first": True, "norm_first": True}
-        layer = nn.TransformerEncoderLayer(width, 8, 4 * width, dropout=0.1, **options)
-        self.blocks = nn.TransformerEncoder(layer, PROBES[kind] or 1, enable_nested_tensor=False)
+        if kind == "text":
+            reader = nn.Linear(text_dim, width), nn.RMSNorm(width), nn.Dropout(0.1)
+            self.read = nn.Sequential(*reader)
+            self.blocks = nn.ModuleList(FactoredBlock(width) for _ in range(PROBES[kind]))
+        elif PROBES[kind]:
+            options = {"activation": "gelu", "batch_first": True, "norm_first": True}
+            layer = nn.TransformerEncoderLayer(width, heads(width), 4 * width, 0.1, **options)
+            layer.self_attn.dropout = 0.0  # on attention weights it would cost ten times the time
+            self.blocks = nn.TransformerEncoder(layer, PROBES[kind], enable_nested_tensor=False)
         deep = [nn.Linear(width, width), nn.GELU(), nn.Linear(width, 7)] if self.k else []
         self.head = nn.Sequential(nn.LayerNorm(width), *(deep or [nn.Linear(width, 1)]))
 
     def prepare(self, z: Tensor) -> Tensor:
-        """Average the cells, or put beside each what changes in it: small, and all that counts."""
+        """Average the cells, or put beside each what the last action changed in it."""
         z = z.float().mean(2, keepdim=True) if self.averaged else z.float()
-        return torch.cat([z, z - z.mean(1, keepdim=True)], -1) if self.k else z
+        return torch.cat([z, F.pad(z.diff(dim=1), (0, 0, 0, 0, 1, 0))], -1) if self.k else z
 
     def forward(self, z: Tensor, text: Tensor | None = None) -> Tensor:
         z = (self.prepare(z) - self.scale[0]) / self.scale[1]
         x = self.project(z) + self.time + self.place  # (B, T, N, width)
-        if PROBES[self.kind]:
-            first = self.queries.expand(len(z), -1, -1) if text is None else self.read(text)
-            x = self.blocks(torch.cat([first, x.flatten(1, 2)], 1))  # (B, k or L + T N, width)
-            x = x[:, : self.k] if self.k else x[:, first.shape[1] :].unflatten(1, z.shape[1:3])
+        if self.kind == "text":
+            text = self.read(text)
+            for block in self.blocks:
+                x = block(x, text)
+        elif PROBES[self.kind]:
+            x = torch.cat([self.queries.expand(len(z), -1, -1), x.flatten(1, 2)], 1)
+            x = self.blocks(x)  # (B, k + T N, width)
+            x = x[:, : self.k] if self.k else x.unflatten(1, z.shape[1:3])
         return self.head(x) if self.k else self.head(x).mean((2, 3))
 
     def judge(self, z: Tensor, text: Tensor | None = None) -> Tensor:
@@ -524,24 +580,27 @@ class Probe(nn.Module):
         return F.binary_cross_entropy_with_logits(self.judge(z, text), y)
 
 
-def fit(net: Probe, x: Tensor, y: Tensor, held: np.ndarray, steps: int, lr: float, read=None):
-    """Train on what is not held out of x (N, T, cells, C) and y; keep the best of ten states.
+def fit(net: Probe, read: Callable, y: Tensor, held: np.ndarray, steps: int, lr: float):
+    """Train on the samples that are not held out; keep the best of ten states, give its score.
 
-    read(p) gives the text of samples; with another one's, none is a success. Gives the score on
-    the held samples: minus the loss of `idm`, else balanced accuracy, then AUC.
+    read(p)  features (B, T, cells, C) of the samples p and their text (B, L, E) or None, on the
+             device of the network; with the text of another sample, none is a success
+    y        (samples, ...)   actions, or 1 for a success
+    ->       on the held samples, minus the loss of `idm`, else balanced accuracy, then AUC
     """
-    random, learn, device = np.random.default_rng(0), np.flatnonzero(~held), net.scale.device
-    seen = net.prepare(x[learn[:: math.ceil(len(learn) / 256)]].to(device)).flatten(0, 2)
+    random, learn = np.random.default_rng(0), np.flatnonzero(~held)
+    seen = net.prepare(read(random.choice(learn, 64))[0]).flatten(0, 2)
     net.scale[:] = torch.stack([seen.mean(0), seen.std(0) + 1e-3 * seen.std()])
     optimizer, states = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-4), []
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1, pct_start=0.1)
     parts = np.array_split(np.flatnonzero(held), math.ceil(held.sum() / 32))
     for step in tqdm(range(1, steps + 1), net.kind, leave=False, disable=None):
         p = random.choice(learn, 32)
-        z, text, other = x[p].to(device), read and read(p), read and read(np.roll(p, 1))
+        z, text = read(p)
         with torch.enable_grad():
             loss = net.loss(z, y[p], text)
-            if read:
+            if text is not None:
+                other = text.roll(1, 0)
                 same = (text == other).flatten(1).all(1)
                 loss = loss + net.loss(z, y[p] * same, other)
             loss.backward()
@@ -551,11 +610,10 @@ def fit(net: Probe, x: Tensor, y: Tensor, held: np.ndarray, steps: int, lr: floa
         schedule.step()
         if step % math.ceil(steps / 10) == 0 or step == steps:
             net.eval()
-            inputs = [(x[p].to(device), y[p], read and read(p)) for p in parts]
             if net.kind == "idm":
-                score = -sum(len(z) * net.loss(z, *rest).item() for z, *rest in inputs), 0
+                score = -sum(len(p) * net.loss(read(p)[0], y[p]).item() for p in parts), 0
             else:
-                samples = [torch.stack([a, net.judge(z, text)], 1) for z, a, text in inputs]
+                samples = [torch.stack([y[p], net.judge(*read(p))], 1) for p in parts]
                 samples = torch.cat(samples).cpu().numpy()
                 score = balanced_accuracy(samples), auc(samples)
             states.append((score, step, copy.deepcopy(net.state_dict())))
@@ -747,7 +805,8 @@ class Evaluation:
         clips = [(*info["path"].parts[-3:], *info["times"].tolist()) for info in self.infos]
         clips = hashlib.sha256(json.dumps(clips).encode())
         config |= {"weights": weights.hexdigest()[:16], "clips": clips.hexdigest()[:16]}
-        versions = {"numpy": np.__version__, "torch": torch.__version__}
+        here = {str(d.name).lower(): d.version for d in importlib.metadata.distributions()}
+        versions = {name: here[name] for name in PACKAGES.split() if name in here}
         self.results = {"config": plain(config), "versions": versions}
         path = self.folder / "results.json"
         old = json.loads(path.read_text()) if path.is_file() else self.results
@@ -776,7 +835,7 @@ class Evaluation:
         for (name, kind), clips in itertools.chain(*(part.items() for part in self.gather(store))):
             joined.setdefault(name, {}).setdefault(kind, {}).update(clips)
         for name, kinds in joined.items():
-            kinds = {k: torch.stack([c[i] for i in sorted(c)]).cpu() for k, c in kinds.items()}
+            kinds = {k: torch.stack([c[i].cpu() for i in sorted(c)]) for k, c in kinds.items()}
             row, model = {"better": "lower" if re.match(LOWER, name) else "higher"}, kinds["model"]
             if statistic == "mean":
                 row["per_step"] = {kind: s.nanmean(0) for kind, s in kinds.items()}
@@ -786,7 +845,8 @@ class Evaluation:
             elif statistic == "l2":
                 row["per_dim"] = {kind: s.abs().mean((0, 1)) for kind, s in kinds.items()}
             elif statistic == "pearson":
-                row["per_dim"] = dict(zip(("r", "r2"), correlation(model.numpy()), strict=True))
+                pairs = {kind: correlation(s.numpy()) for kind, s in kinds.items()}
+                row["per_dim"] = {kind: {"r": r, "r2": r2} for kind, (r, r2) in pairs.items()}
             samples = kinds.pop("model")
             value, interval, n = bootstrap(samples, statistic)
             row |= {"value": value, "ci": interval, "n": n, "statistic": statistic}
@@ -795,10 +855,27 @@ class Evaluation:
             out[name] = row | {"minus": minus, "samples": samples}
         return out
 
-    def share(self, items: Sequence, label: str):
-        """Walk through this process's share of the items."""
-        mine = items[self.proc.rank :: self.proc.world]
-        return tqdm(mine, label, disable=self.proc.rank > 0 or None, leave=False)
+    def share(self, items: Sequence, label: str, *stores: dict):
+        """Walk through this process's share of the items; a killed run's is taken up again.
+
+        Now and then the stores go to a file beside the results, until the metric is finished.
+        """
+        (rank, world), args, done, written = self.proc[:2], self.args, 0, time.monotonic()
+        what = [self.results["config"], args.batch_size, args.policy, label, rank, world]
+        name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+        path = self.folder / f"unfinished_{name}.pt"
+        if stores and path.is_file():
+            done, *parts = data.load_torch(path)
+            for store, part in zip(stores, parts, strict=True):
+                store.update(part)
+        mine = items[rank::world][done:]
+        for item in tqdm(mine, label, disable=rank > 0 or None, leave=False):
+            yield item
+            done += 1
+            if stores and time.monotonic() > written + PAUSE:
+                state = [done, *map(dict, stores)]
+                data.write_atomic(path, lambda temporary, x=state: torch.save(x, temporary))
+                written = time.monotonic()
 
     def recorded(self, info: dict, times: np.ndarray | None = None) -> Tensor:
         """Read the actions (1, T, A) of a clip, or of its episode at other times."""
@@ -812,10 +889,11 @@ class Evaluation:
         x = episode.frames(times, self.config.views, self.config.image_size)
         return torch.from_numpy(x[None] if len(x) > 1 else x).to(self.device) / 255
 
-    def batches(self, label: str) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    def batches(self, label: str, *stores) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
         """Yield this process's batches: clips, their frames, actions and another clip's actions."""
         infos, (N, B) = self.infos, (len(self.infos), self.args.batch_size)
-        for group in self.share([range(i, min(i + B, N)) for i in range(0, N, B)], label):
+        groups = [range(i, min(i + B, N)) for i in range(0, N, B)]
+        for group in self.share(groups, label, *stores):
             frames = torch.cat([self.filmed(infos[i]) for i in group])
             actions = torch.cat([self.recorded(infos[i]) for i in group])
             other = torch.cat([self.recorded(infos[(i + N // 2) % N]) for i in group])
@@ -893,11 +971,12 @@ class Evaluation:
 
     def pixels(self, nets: dict[str, Callable]) -> dict[str, dict]:
         """Measure model, ceiling, copy and shuffled actions against the real clips in one pass."""
-        store, sums, gif = defaultdict(dict), defaultdict(float), None
-        for group, *clips in self.batches("pixels"):
+        store, sums, gif = defaultdict(dict), defaultdict(float), {}
+        for group, *clips in self.batches(f"pixels {' '.join(nets)}", store, sums, gif):
             videos = self.videos(group, *clips)
             real, dreamed = videos["real"], videos["model"]
-            gif = torch.cat([real, dreamed, (dreamed - real).abs()], 3)[:4] if gif is None else gif
+            if not gif:
+                gif["clips"] = torch.cat([real, dreamed, (dreamed - real).abs()], 3)[:4]
             for name, (kind, video) in itertools.product(nets, videos.items()):
                 if name in DISTANCES:
                     sums[name, kind] += gram(nets[name](real, video))
@@ -905,9 +984,9 @@ class Evaluation:
                     for row, values in nets[name](real, video).items():
                         values = values.double().unflatten(0, (len(group), -1)).nanmean(1)
                         store[row, kind] |= zip(group, values, strict=True)
-        if gif is not None and self.proc.rank == 0:
-            gif = torch.cat([*gif], 1)
-            data.write_gif(self.folder / "samples.gif", gif, self.model.data["fps"])
+        if gif and self.proc.rank == 0:
+            picture = torch.cat([*gif["clips"]], 1)
+            data.write_gif(self.folder / "samples.gif", picture, self.model.data["fps"])
         rows, sums = self.rows(store), self.gather(sums)
         for name in (name for name in nets if name in DISTANCES):
             grams = [sum(s[name, kind] for s in sums if s) for kind in ("real", *KINDS)]
@@ -928,36 +1007,50 @@ class Evaluation:
         The mean starts at the true actions (the paper's way; it flatters everybody) or at zero;
         beside each stands the same search on random costs.
         """
-        args, n, store, faults = self.args, self.n, defaultdict(dict), {}
-        for i in self.share(self.windows, "search"):
-            (actions,), searches = self.recorded(self.infos[i]), args.searches.split(",")
-            (z,) = self.space.encode(self.filmed(self.infos[i]))
-            known = self.model.dit, self.model.objective, z[:n], actions[: n - 1]
-            for k, search, start in itertools.product(self.horizons, searches, ("", "_zero")):
-                dims = self.dims[: 3 if search == "grid" else None]
-                random = torch.Generator().manual_seed(args.seed + i)
-                noise = torch.randn((k, *z.shape[1:]), generator=random).to(z.device)
-                true, row = actions[n - 1 : n - 1 + k], f"{search}_k{k}{start}"
-                first = true.clone()
-                first[:, dims] *= not start
-                options = self.cem | {"generator": random} if search == "cem" else {}
-                try:
-                    cost = candidate_cost(*known, z[n : n + k], noise, actions[n - 1 + k])
-                    costs = {"model": cost, "no signal": functools.partial(random_cost, random)}
-                    for kind, cost in costs.items():
-                        found, _ = PLANNERS[search](cost, first, dims, **options)
-                        store[row, kind][i] = (found - true)[:, dims]
-                        store[f"{row}_xyz", kind][i] = (found - true)[:, :3]
-                except InputError as error:  # too many points, too long for the window
-                    faults[row] = Unavailable(str(error)).row
-        return self.rows(store, "l2") | self.gather(faults)[0]
+        store = defaultdict(dict)
+        for i in self.share(self.windows, "search", store):
+            for row, (*_, dims) in self.searches.items():
+                for kind, error in self.search(i, row).items():
+                    store[row, kind][i], store[f"{row}_xyz", kind][i] = error[:, dims], error[:, :3]
+        return self.rows(store, "l2")
+
+    def search(self, i: int, row: str, kinds: Sequence = ("model", "no signal")) -> dict:
+        """Search the actions of window i as a row says: {kind of costs: errors (k, A)}."""
+        (search, k, start, dims), n = self.searches[row], self.n
+        (actions,) = self.recorded(self.infos[i])
+        (z,) = self.space.encode(self.filmed(self.infos[i]))
+        random = torch.Generator().manual_seed(self.args.seed + i)
+        noise = torch.randn((k, *z.shape[1:]), generator=random).to(z.device)
+        true, last = actions[n - 1 : n - 1 + k], actions[n - 1 + k]
+        first = true.clone()
+        first[:, dims] *= start != "_zero"
+        known = self.model.dit, self.model.objective, z[:n], actions[: n - 1]
+        costs = {"model": candidate_cost(*known, z[n : n + k], noise, last)}
+        costs["no signal"] = functools.partial(random_cost, random)
+        options = self.cem | {"generator": random} if search == "cem" else {}
+        found = {kind: PLANNERS[search](costs[kind], first, dims, **options) for kind in kinds}
+        return {kind: actions - true for kind, (actions, _) in found.items()}
+
+    def open_searches(self) -> None:
+        """Try each search on one window without the model; report those that cannot be made."""
+        searches, self.searches = self.args.searches.split(","), {}
+        for k, search, start in itertools.product(self.horizons, searches, ("", "_zero")):
+            row, dims = f"{search}_k{k}{start}", self.dims[: 3 if search == "grid" else None]
+            self.searches[row] = search, k, start, dims
+            try:
+                self.search(0, row, ["no signal"])
+            except InputError as error:  # too many points, too long for the window
+                if self.args.strict:
+                    raise
+                self.report({row: Unavailable(str(error)).row})
+                del self.searches[row]
 
     def idm(self) -> dict[str, dict]:
         """Train the inverse-dynamics probe per horizon and read the actions off both futures."""
-        store, n = defaultdict(dict), self.n
+        store, n, bank = defaultdict(dict), self.n, self.bank()
         for k in self.horizons:
-            net, starts = self.fit_idm(k), range(n - 1, self.config.num_frames - k, k)
-            for group, real, actions, _ in self.batches(f"idm k={k}"):
+            net, starts = self.fit_idm(k, *bank), range(n - 1, self.config.num_frames - k, k)
+            for group, real, actions, _ in self.batches(f"idm k={k}", store):
                 dreamed = self.native(z=self.dream(self.space.encode(real), actions, group))
                 true = torch.cat([actions[:, s : s + k, :6] for s in starts], 1)
                 for kind, z in (("model", dreamed), ("real", self.native(real))):
@@ -965,22 +1058,45 @@ class Evaluation:
                     read = torch.cat([net(z[:, s : s + k + 1])[..., :6] for s in starts], 1)
                     pairs = torch.stack([read, true], 2)
                     store[f"idm_r_k{k}", kind] |= zip(group, pairs, strict=True)
-        return self.rows(store, "pearson")
+        learned, limit = len(bank[0]), f", all that {BANK >> 20} MiB hold"
+        note = f"learned from {learned} clips" + limit * (learned < self.args.max_steps)
+        return {k: row | {"note": note} for k, row in self.rows(store, "pearson").items()}
 
-    def fit_idm(self, k: int) -> Probe:
-        """Train on windows of the train split; every tenth episode of it chooses the weights."""
-        args, x, y = self.args, [], []
-        config = dataclasses.replace(self.config, num_frames=k + 1, num_history=1)
-        clips = data.EpisodeDataset(config, "train")
-        episode = np.arange(8 * args.max_steps) % len(clips)
-        for j in tqdm(range(len(episode)), f"windows k={k}", disable=None, leave=False):
-            info = clips.info(divmod(j, len(clips)))
-            x.append(self.native(self.filmed(info)).flatten(2, 3).half().cpu())
-            y.append(self.recorded(info)[:, :k, :7])
-        x, y = torch.cat(x), torch.cat(y)
+    def bank(self) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Encode clips of the train split, once for all horizons; each process holds its own.
+
+        features  (N, T, cells, C)   half precision in main memory; N: eight windows of the longest
+                                     horizon a step, but no more than BANK bytes (800 of V-JEPA)
+        actions   (N, T, 7)
+        held      (N,)               of every tenth episode, which chooses the weights
+        """
+        clips = data.EpisodeDataset(self.config, "train")
+        if len(clips) < 2:
+            raise InputError("idm: the split 'train' has one usable episode; convert more")
+        shape = self.native(self.filmed(clips.info(0))).flatten(2, 3).shape[1:]
+        most = math.ceil(8 * self.args.max_steps / (shape[0] - max(self.horizons)))
+        count = max(2, min(most, BANK // (2 * math.prod(shape))))
+        keys = data.ClipSampler(clips, count).batch(0)
+        bank, actions = torch.empty(count, *shape, dtype=torch.half), []
+        for j in tqdm(range(count), "training clips", disable=None, leave=False):
+            info = clips.info(keys[j])
+            bank[j] = self.native(self.filmed(info)).flatten(2, 3)[0]
+            actions.append(self.recorded(info)[..., :7])
+        _, episode = np.unique([i for _, i in keys], return_inverse=True)
+        return bank, torch.cat(actions), episode % 10 == 0
+
+    def fit_idm(self, k: int, bank: Tensor, actions: Tensor, held: np.ndarray) -> Probe:
+        """Train a probe on all windows of k + 1 frames in the bank's clips."""
+        windows, args = bank.shape[1] - k, self.args  # of a clip
+        y = actions[:, :-1].unfold(1, k, 1).flatten(0, 1).transpose(1, 2)  # (N windows, k, 7)
+
+        def read(p: np.ndarray) -> tuple[Tensor, None]:
+            frames = p[:, None] % windows + np.arange(k + 1)
+            return bank[p[:, None] // windows, frames].to(self.device), None
+
         torch.manual_seed(args.seed)
-        net = Probe("idm", x.shape[1:], args.probe_width).to(self.device)
-        fit(net, x, y, episode % 10 == 0, args.max_steps, 0.15 / args.probe_width)
+        net = Probe("idm", (k + 1, *bank.shape[2:]), args.probe_width).to(self.device)
+        fit(net, read, y, held.repeat(windows), args.max_steps, 0.15 / args.probe_width)
         return net
 
     # -- semantics
@@ -1021,10 +1137,11 @@ class Evaluation:
         steps = min(args.max_steps, 50 * math.ceil(len(x) / 32))
         for kind in [k for k in PROBES if k != "idm" and (k != "text" or self.text)]:
             torch.manual_seed(args.seed)
-            read = (lambda p: self.text(words[p])) if kind == "text" else None
-            text_dim = read(slice(1)).shape[-1] if read else 1
+            tell = self.text if kind == "text" else lambda words: None
+            text_dim = tell(words[:1]).shape[-1] if kind == "text" else 1
             net = Probe(kind, x.shape[1:], args.probe_width * 3 // 4, text_dim).to(self.device)
-            self.probes[kind], net.score = net, fit(net, x, y, held, steps, 1e-3, read)
+            read = lambda p, tell=tell: (x[p], tell(words[p]))  # noqa: E731
+            self.probes[kind], net.score = net, fit(net, read, y, held, steps, 1e-3)
 
     def judge(self, kind: str, features: Tensor, sentence: str) -> Tensor:
         """Score clips of one instruction by a success probe: (B, 8, h, w, C) -> (B,)."""
@@ -1036,7 +1153,7 @@ class Evaluation:
         store, rows = defaultdict(dict), {}
         infos = self.labelled(self.args.split, self.args.num_episodes)
         self.fit_probes()
-        for i, info in self.share([*enumerate(infos)], "probe"):
+        for i, info in self.share([*enumerate(infos)], f"probe {' '.join(self.probes)}", store):
             times, seen = self.eight(info)
             z = self.space.encode(self.filmed(info, times[: self.n]))
             z = self.dream(z, self.recorded(info, times), [i])[:, seen]
@@ -1057,7 +1174,7 @@ class Evaluation:
         if not self.probes:
             self.fit_probes()
         best = max(self.probes, key=lambda kind: self.probes[kind].score)
-        for i, info in self.share([*enumerate(infos)], "policy"):
+        for i, info in self.share([*enumerate(infos)], f"policy {best}", store):
             known = self.filmed(info, self.eight(info)[0][: self.n])
             known = known.expand(args.policy_trials, *known.shape[1:])
             random = torch.Generator().manual_seed(args.seed + i)
@@ -1099,7 +1216,7 @@ class Evaluation:
                where the simulator moves it by 2 % of the image or more
         """
         n, steps, store, sides = self.n, self.args.num_frames, defaultdict(dict), defaultdict(dict)
-        for i in self.share(self.windows, "counterfactual"):
+        for i in self.share(self.windows, "counterfactual", store, sides):
             frames, actions = self.filmed(self.infos[i]), self.recorded(self.infos[i])
             beside = actions[:, [*range(n - 1), *[n - 1] * (steps + 1)]].repeat(6, 1, 1)
             beside[:, n - 1 :, :6] = 1.575 * torch.eye(6)[[0, 0, 1, 1, 2, 2], None].to(beside)
@@ -1130,7 +1247,7 @@ class Evaluation:
         Where the real frame shows no such colour, nothing counts; its own errors are the floor.
         """
         n, size, store = self.n, self.config.image_size, defaultdict(dict)
-        for group, *clips in self.batches("objects"):
+        for group, *clips in self.batches("objects", store):
             videos = self.videos(group, *clips)
             for j, (i, view) in enumerate(itertools.product(group, self.config.views)):
                 worlds = [self.simulator(i, t) for t in range(n, self.config.num_frames)]
@@ -1155,27 +1272,34 @@ class Evaluation:
 
         Reached: gripper and blocks appear within 5 % of the image of where that frame has them.
         """
-        n, store = self.n, defaultdict(dict)
-        for i, k in itertools.product(self.share(self.windows, "goal"), self.horizons):
-            frames, actions = self.filmed(self.infos[i]), self.recorded(self.infos[i])
-            random = torch.Generator().manual_seed(self.args.seed + i)
-
-            def end(plan: Tensor, i=i) -> tuple[Tensor, np.ndarray]:
-                world = self.simulator(i, n - 1)
-                frame = self.act_in(world, plan).select(-4, -1)
-                places = np.stack([*world.positions().values()])
-                return frame, np.stack([world.pixels(places, v, 1) for v in self.config.views])
-
-            recorded, still, chance = actions[:, n - 1 : n - 1 + k].repeat(3, 1, 1)
-            still[:, :6], chance[:, :7] = 0, 3.5 * torch.rand(k, 7, generator=random) - 1.75
-            picture, places = end(recorded)
-            self.model.reset(frames[..., :n, :, :, :], actions[:, : n - 1])
-            plan = self.model.plan(picture, k, dims=self.dims, generator=random, **self.cem)
-            plans = {"model": plan, "random": chance, "still": still}
-            for kind, plan in plans.items():
-                far = np.linalg.norm(end(plan)[1] - places, axis=-1).max()
-                store[f"goal_k{k}", kind][i] = torch.tensor([float(far < 0.05)])
+        store = defaultdict(dict)
+        for i in self.share(self.windows, "goal", store):
+            for k in self.horizons:
+                for kind, far in self.plan(i, k).items():
+                    store[f"goal_k{k}", kind][i] = torch.tensor([float(far < 0.05)])
         return self.rows(store, "share")
+
+    def plan(self, i: int, k: int) -> dict[str, float]:
+        """Act on k planned, random and no actions: how far from its goal the farthest thing ends."""
+        n, frames, actions = self.n, self.filmed(self.infos[i]), self.recorded(self.infos[i])
+        random = torch.Generator().manual_seed(self.args.seed + i)
+
+        def end(plan: Tensor) -> tuple[Tensor, np.ndarray]:
+            world = self.simulator(i, n - 1)
+            frame = self.act_in(world, plan).select(-4, -1)
+            places = np.stack([*world.positions().values()])
+            return frame, np.stack([world.pixels(places, v, 1) for v in self.config.views])
+
+        recorded, still, chance = actions[:, n - 1 : n - 1 + k].repeat(3, 1, 1)
+        still[:, :6], chance[:, :7] = 0, 3.5 * torch.rand(k, 7, generator=random) - 1.75
+        picture, places = end(recorded)
+        self.model.reset(frames[..., :n, :, :, :], actions[:, : n - 1])
+        plan = self.model.plan(picture, k, dims=self.dims, generator=random, **self.cem)
+        plans = {"model": plan, "random": chance, "still": still}
+        gaps = {
+            kind: np.linalg.norm(end(plan)[1] - places, axis=-1) for kind, plan in plans.items()
+        }
+        return {kind: gap.max() for kind, gap in gaps.items()}
 
     # -- the whole
 
@@ -1185,6 +1309,8 @@ class Evaluation:
             return self.open_metric(name)
         if self.space.temporal_stride > 1:
             raise Unavailable(f"{name}: this encoder packs two frames into one latent")
+        if name == "controllability":
+            self.open_searches()
         if name in SIMULATED:
             self.simulator(0, 0)
         if name in ("probe", "policy", "probe_text"):
@@ -1233,6 +1359,8 @@ class Evaluation:
             return
         path = self.folder / "results.json"
         data.write_atomic(path, json.dumps(self.results, indent=1).encode())
+        for part in self.folder.glob("unfinished_*.pt") if finished else ():
+            part.unlink()
         for name, row in rows.items():
             if row["value"] is None:
                 print(f"{name:32} null: {row.get('reason') or 'no clip has a value'}")

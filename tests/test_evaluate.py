@@ -1,6 +1,7 @@
 """Claims of evaluate.py: metrics against their definitions, protocols against known answers."""
 
 import copy
+import importlib.metadata
 import itertools
 import json
 import math
@@ -587,16 +588,39 @@ class PerfectReader:
 def test_inverse_dynamics_reads_each_window_of_real_and_dreamed_futures(
     measure_world, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(evaluate.Evaluation, "fit_idm", lambda self, k: PerfectReader())
-    rows = measure_world(metrics="idm", horizons="1,2")["metrics"]
+    monkeypatch.setattr(evaluate.Evaluation, "fit_idm", lambda *_: PerfectReader())
+    rows = measure_world(metrics="idm", horizons="1,2", max_steps=2)["metrics"]
     for name in ("idm_r_k1", "idm_r_k2"):
         row = rows[name]
         assert row["value"] > 0.98 and row["beside"]["real"] > 0.98  # JPEG noise
-        assert row["ci"][0] <= row["value"] and min(row["per_dim"]["r2"]) > 0.9
+        assert row["ci"][0] <= row["value"] and min(row["per_dim"]["model"]["r2"]) > 0.9
+        assert min(row["per_dim"]["real"]["r"]) > 0.98
         assert np.shape(row["samples"]) == (12, 4, 2, 6)  # clips, predicted frames, read and true
-    deaf = measure_world(deaf=True, metrics="idm", output_dir=str(tmp_path / "deaf"), horizons="1")
+    flags = {"output_dir": str(tmp_path / "deaf"), "max_steps": 2}
+    deaf = measure_world(deaf=True, metrics="idm", **flags)
     row = deaf["metrics"]["idm_r_k1"]
     assert abs(row["value"]) < 0.3 and row["beside"]["real"] > 0.98
+
+
+def test_inverse_dynamics_learns_from_every_window_of_one_bank_of_bounded_size(
+    measure_world, monkeypatch
+):
+    learned = []
+
+    def fit(net, read, y, held, *_):
+        learned.append((read(np.arange(len(y)))[0], y, held))
+        net.eval()
+
+    monkeypatch.setattr(evaluate, "fit", fit)
+    monkeypatch.setattr(evaluate, "BANK", 20 * (6 * 16 * 48) * 2)  # twenty clips of two bytes each
+    flags = {"horizons": "1,4", "max_steps": 50, "probe_width": 32}
+    rows = measure_world(metrics="idm", **flags)["metrics"]
+    assert rows["idm_r_k1"]["note"].startswith("learned from 20 clips, all that 0 MiB hold")
+    for k, (z, y, held) in zip((1, 4), learned, strict=True):
+        assert z.dtype == torch.half and z.shape == (20 * (6 - k), k + 1, 16, 48)
+        pairs = torch.stack([PerfectReader()(z.float()), y], 2)[..., :6]
+        assert evaluate.correlation(pairs.numpy())[0].min() > 0.95  # JPEG noise, half precision
+        assert held.sum() == 2 * (6 - k)  # two of twenty episodes
 
 
 def test_success_probes_tell_bright_episodes_real_and_dreamed(measure_world):
@@ -782,7 +806,7 @@ def test_inverse_dynamics_learns_small_moves_on_large_offsets_and_keeps_its_best
     y = torch.cat([0.5 * (x[:, 1] - x[:, 0]).mean(1), torch.zeros(400, 1)], 1)[:, None]
     torch.manual_seed(0)
     net, held = evaluate.Probe("idm", (2, 4, 6), 32), np.arange(400) % 10 == 0
-    score, _ = evaluate.fit(net, x, y, held, 150, 4e-3)
+    score, _ = evaluate.fit(net, lambda p: (x[p], None), y, held, 150, 4e-3)
     assert not net.training and not any(p.requires_grad for p in net.parameters())
     final = -len(y[held]) * net.loss(x[held], y[held]).item()
     assert final == pytest.approx(score, rel=1e-4)  # the best state is in place
@@ -810,8 +834,44 @@ def test_success_probes_see_what_their_kind_sees():
 def test_the_text_probe_reads_the_instruction():
     net, z, text = probe_of("text", (8, 16, 6), text_dim=5), torch.randn(2, 8, 16, 6), None
     text = torch.randn(2, 4, 5)
-    assert net.judge(z, text).shape == (2,) and len(net.blocks.layers) == 6
+    assert net.judge(z, text).shape == (2,) and len(net.blocks) == 6
     assert not torch.allclose(net.judge(z, text), net.judge(z, text.flip(0)))
+
+
+def test_a_block_of_the_text_probe_is_factored_into_space_time_words_and_swiglu():
+    torch.manual_seed(0)
+    block = evaluate.FactoredBlock(32).eval().requires_grad_(False)
+    x, text = torch.randn(1, 3, 4, 32), torch.randn(1, 5, 32)
+
+    def seen_by(part, *inputs):
+        """Which outputs (frame, cell) a change in frame 1, cell 2 reaches."""
+        other = inputs[0].clone()
+        other[:, 1, 2] += 1
+        change = part(other, *inputs[1:]) - part(*inputs)
+        return {tuple(p) for p in change[0].abs().amax(-1).gt(1e-6).nonzero().tolist()}
+
+    assert seen_by(block.space, x) == {(1, cell) for cell in range(4)}
+    over_time = lambda x: block.time(x.transpose(1, 2)).transpose(1, 2)  # noqa: E731
+    assert seen_by(over_time, x) == {(frame, 2) for frame in range(3)}
+    assert seen_by(lambda x: block.words(x.flatten(1, 2), text).view_as(x), x) == {(1, 2)}
+    assert len(seen_by(block, x, text)) == 12
+    y = over_time(block.space(x))
+    y = block.words(y.flatten(1, 2), text).view_as(x)
+    z = block.norm(y)
+    y = y + block.out[0](F.silu(block.gate(z)) * block.value(z))
+    torch.testing.assert_close(block(x, text), y)
+
+
+def test_attention_of_the_text_probe_does_not_depend_on_the_length_of_queries_and_keys():
+    torch.manual_seed(0)
+    layer = evaluate.Attention(32).eval().requires_grad_(False)
+    x = torch.randn(2, 6, 32)
+    before = layer(x)
+    layer.q.weight.mul_(7), layer.q.bias.mul_(7)
+    layer.kv.weight[:32].mul_(7), layer.kv.bias[:32].mul_(7)
+    torch.testing.assert_close(layer(x), before)
+    layer.kv.weight[32:].mul_(7)
+    assert not torch.allclose(layer(x), before)
 
 
 @torch.no_grad()
@@ -824,7 +884,7 @@ def test_the_text_probe_learns_that_another_instruction_is_no_success():
     tokens = F.one_hot(word, 2).float()[:, None].repeat(1, 3, 1)
     torch.manual_seed(0)
     net = evaluate.Probe("text", (4, 4, 6), 32, 2)
-    evaluate.fit(net, x, y, np.arange(60) % 5 == 0, 60, 3e-3, lambda p: tokens[p])
+    evaluate.fit(net, lambda p: (x[p], tokens[p]), y, np.arange(60) % 5 == 0, 60, 3e-3)
     right, wrong = net.judge(x[1:6], tokens[1:6]), net.judge(x[1:6], tokens[1:6].flip(2))
     assert (right > wrong).all()
 
@@ -852,9 +912,12 @@ def measure_in_process(rank, world, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29731")
     evaluate.open_model = lambda *_: linear_model()
+    evaluate.load_inception = lambda *_: lambda frames: frames.flatten(1)[:, ::97]
     proc = data.init_processes("cpu")
     args = evaluate.Args(
-        metrics="psnr,pck_patch,controllability",
+        metrics="psnr,pck_patch,fid,controllability,idm,probe",
+        max_steps=3,
+        probe_width=32,
         dataset_dir=f"{folder}/data",
         subset_names="linear",
         output_dir=f"{folder}/{world}",
@@ -875,14 +938,66 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     one, two = (json.loads((tmp_path / f"{n}/results.json").read_text()) for n in (1, 2))
     assert one["metrics"].keys() == two["metrics"].keys()
     for name, row in one["metrics"].items():
-        assert two["metrics"][name]["n"] == row["n"]
-        expected = pytest.approx(np.array(row["samples"], dtype=float), rel=1e-4, nan_ok=True)
-        assert np.array(two["metrics"][name]["samples"], dtype=float) == expected, name
+        other = two["metrics"][name]
+        assert other.get("n") == row.get("n") and other["value"] == pytest.approx(row["value"])
+        if "samples" in row:
+            expected = pytest.approx(np.array(row["samples"], dtype=float), rel=1e-4, nan_ok=True)
+            assert np.array(other["samples"], dtype=float) == expected, name
+        elif row["value"] is not None:
+            assert other["beside"] == pytest.approx(row["beside"], abs=1e-9), name
+    assert {"fid", "idm_r_k1", "probe_temporal_auc"} <= one["metrics"].keys()
 
 
-def test_strict_refuses_missing_weights_before_any_work(measure_world):
-    with pytest.raises(evaluate.Unavailable, match="alexnet.*fetch"):
-        measure_world(metrics="psnr,lpips", strict=True)
+@pytest.mark.parametrize("metrics, work", [("psnr,fid", "videos"), ("controllability", "search")])
+def test_a_killed_metric_goes_on_behind_its_last_clips(
+    measure_world, monkeypatch, tmp_path, metrics, work
+):
+    flags = SEARCH | {"metrics": metrics, "batch_size": 4}
+    features = lambda *_: lambda frames: frames.flatten(1)[:, ::97]  # noqa: E731
+    monkeypatch.setattr(evaluate, "load_inception", features)
+    whole = measure_world(output_dir=str(tmp_path / "whole"), **flags)
+    method, seen = getattr(evaluate.Evaluation, work), []
+
+    def counted(self, clips, *rest):
+        seen.append(clips if work == "search" else clips[0])
+        if seen[-1] > 6 and killed:
+            raise KeyboardInterrupt
+        return method(self, clips, *rest)
+
+    monkeypatch.setattr(evaluate.Evaluation, work, counted)
+    monkeypatch.setattr(evaluate, "PAUSE", -1)
+    killed = True
+    with pytest.raises(KeyboardInterrupt):
+        measure_world(**flags)
+    assert len(list((tmp_path / "out").glob("unfinished_*"))) == 1 and 4 in seen
+    killed, seen[:] = False, []
+    resumed = measure_world(**flags)
+    assert {*seen} <= {0, 7, 8, 9, 11} and max(seen) > 6  # a search is first tried on window 0
+    assert resumed["metrics"] == whole["metrics"]
+    assert not list((tmp_path / "out").glob("unfinished_*"))
+
+
+@pytest.mark.parametrize(
+    "flags, fault",
+    [
+        ({"metrics": "psnr,lpips"}, "alexnet.*fetch"),
+        ({"horizons": "1,4", "searches": "cem,grid"}, "grid.*candidates"),
+        ({"horizons": "1,10", "num_frames": 11}, "horizon 10: the model sees 10 frames"),
+    ],
+)
+def test_strict_refuses_what_cannot_be_computed_before_any_work(
+    measure_world, monkeypatch, flags, fault
+):
+    monkeypatch.setattr(evaluate.Evaluation, "pixels", None)  # would fail if it were called
+    with pytest.raises(evaluate.InputError, match=fault):
+        measure_world(**{"metrics": "psnr,controllability", "strict": True} | flags)
+
+
+def test_results_name_the_versions_of_what_computed_them(measure_world):
+    versions = measure_world(metrics="psnr")["versions"]
+    assert versions["torch"] == importlib.metadata.version("torch")
+    assert versions["pillow"] == importlib.metadata.version("pillow")
+    assert {"numpy", "transformers", "scipy"} <= versions.keys()
 
 
 def test_compare_ranks_runs_and_marks_the_best(measure_world, tmp_path, monkeypatch, capsys):
