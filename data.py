@@ -58,7 +58,7 @@ from tqdm import tqdm
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-DAMAGED = (ValueError, LookupError, TypeError, AttributeError)  # what damaged text leads to
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # damaged text
 
 
 class InputError(ValueError):
@@ -100,7 +100,7 @@ def show_flags(cls: type, given: Any) -> None:
             comment += f" ({' | '.join(choices)})"
         value = values[name] if values[name] is not dataclasses.MISSING else "(must be given)"
         flag = f"  --{name} {'' if value in (None, '', ()) else value}"
-        lines = textwrap.wrap(comment, shutil.get_terminal_size().columns - 42)
+        lines = textwrap.wrap(comment, max(30, shutil.get_terminal_size().columns - 42))
         print(f"{flag:41}", f"\n{'':42}".join(["", *lines] if len(flag) > 41 else lines))
 
 
@@ -251,7 +251,7 @@ def init_processes(device: str | None = None, timeout_minutes: float = 60) -> Pr
         timeout = datetime.timedelta(minutes=timeout_minutes)
         backend = "nccl" if where.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timeout)
-    days = datetime.timedelta(days=7)
+    days = datetime.timedelta(days=2)
     patient = torch.distributed.new_group(backend="gloo", timeout=days)
     return Processes(rank, world, local_rank, where, patient)
 
@@ -667,7 +667,8 @@ def read_own(path: Path) -> Iterator[Any]:
                 actions = np.load(array)
             cameras = sorted(p for p in path.iterdir() if p.is_dir()) or [path]
             names = [sorted(c.glob("*.[jJpP][pPnN]*[gG]")) for c in cameras]
-            frames = [[name.read_bytes() for name in view] for view in names]
+            with reading(path, remedy, OSError):
+                frames = [[name.read_bytes() for name in view] for view in names]
             if about.exists():
                 with reading(about, "mend or remove it", *DAMAGED):
                     said = json.loads(about.read_bytes())
@@ -1747,6 +1748,11 @@ class Run:
             self.say(f"changed since the run was started: episodes {before} -> {now}, a new order")
         names = "step", "skipped", "in_a_row"
         self.step, self.skipped[...], self.in_a_row[...] = (self.state[name] for name in names)
+        steps = [self.step] * self.proc.world
+        if self.proc.world > 1:
+            torch.distributed.all_gather_object(steps, self.step, self.proc.patient)
+        if len({*steps}) > 1:
+            raise InputError(f"{self.folder}: processes read steps {steps}; make it whole for all")
         self.say(f"resumed {self.folder} at step {self.step}")
 
     def batches(self, clips) -> Iterator:

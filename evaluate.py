@@ -765,6 +765,7 @@ class Evaluation:
     def __init__(self, args: Args, proc: data.Processes):
         self.proc, self.device, self.model = proc, proc.device, open_model(args, proc.device)
         self.space, stored, self.probes, self.text = self.model.space, self.model.data, {}, None
+        self.notes: list[Path] = []  # files of metrics in progress
         self.n = n = args.num_context or stored["num_history"]
         window = self.model.dit.config.max_frames * self.space.temporal_stride
         steps = args.num_frames or max(1, window - n)
@@ -823,7 +824,7 @@ class Evaluation:
         """Give every process what each of them has."""
         parts = [x] * self.proc.world
         if self.proc.world > 1:
-            torch.distributed.all_gather_object(parts, x)
+            torch.distributed.all_gather_object(parts, x, self.proc.patient)
         return parts
 
     def rows(self, store: dict, statistic: str = "mean") -> dict[str, dict]:
@@ -832,10 +833,11 @@ class Evaluation:
         sample  (steps,) of a mean, (trials,) of a share, (k, D) errors, (n, 2, D) read and true
         """
         joined, out = {}, {}
+        store = {key: {i: s.cpu() for i, s in clips.items()} for key, clips in store.items()}
         for (name, kind), clips in itertools.chain(*(part.items() for part in self.gather(store))):
             joined.setdefault(name, {}).setdefault(kind, {}).update(clips)
         for name, kinds in joined.items():
-            kinds = {k: torch.stack([c[i].cpu() for i in sorted(c)]) for k, c in kinds.items()}
+            kinds = {k: torch.stack([c[i] for i in sorted(c)]) for k, c in kinds.items()}
             row, model = {"better": "lower" if re.match(LOWER, name) else "higher"}, kinds["model"]
             if statistic == "mean":
                 row["per_step"] = {kind: s.nanmean(0) for kind, s in kinds.items()}
@@ -860,21 +862,34 @@ class Evaluation:
 
         Now and then the stores go to a file beside the results, until the metric is finished.
         """
-        (rank, world), args, done, written = self.proc[:2], self.args, 0, time.monotonic()
-        what = [self.results["config"], args.batch_size, args.policy, label, rank, world]
+        (rank, world), done, written = self.proc[:2], 0, time.monotonic()
+        free = "metrics strict output_dir device".split()
+        what = [self.results["config"], self.results["versions"], label, rank, world]
+        what += [(key, value) for key, value in vars(self.args).items() if key not in free]
         name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
         path = self.folder / f"unfinished_{name}.pt"
         if stores and path.is_file():
-            done, *parts = data.load_torch(path)
-            for store, part in zip(stores, parts, strict=True):
-                store.update(part)
-        mine = items[rank::world][done:]
-        for item in tqdm(mine, label, disable=rank > 0 or None, leave=False):
+            try:
+                done, *parts = data.load_torch(path)
+                for store, part in zip(stores, parts, strict=True):
+                    store.update(part)
+                print(f"{label}: goes on after {done} of {len(items[rank::world])}")
+            except (InputError, TypeError, ValueError) as error:
+                print(f"warning: {error}; {label} begins anew")
+                done = 0
+                for store in stores:
+                    store.clear()
+        if stores:
+            self.notes.append(path)
+        for item in tqdm(items[rank::world][done:], label, disable=rank > 0 or None, leave=False):
             yield item
             done += 1
             if stores and time.monotonic() > written + PAUSE:
                 state = [done, *map(dict, stores)]
-                data.write_atomic(path, lambda temporary, x=state: torch.save(x, temporary))
+                try:
+                    data.write_atomic(path, lambda temporary, x=state: torch.save(x, temporary))
+                except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
+                    print(f"warning: {path} could not be written ({error}); the work goes on")
                 written = time.monotonic()
 
     def recorded(self, info: dict, times: np.ndarray | None = None) -> Tensor:
@@ -975,8 +990,8 @@ class Evaluation:
         for group, *clips in self.batches(f"pixels {' '.join(nets)}", store, sums, gif):
             videos = self.videos(group, *clips)
             real, dreamed = videos["real"], videos["model"]
-            if not gif:
-                gif["clips"] = torch.cat([real, dreamed, (dreamed - real).abs()], 3)[:4]
+            if not gif and self.proc.rank == 0:
+                gif["clips"] = torch.cat([real, dreamed, (dreamed - real).abs()], 3)[:4].clone()
             for name, (kind, video) in itertools.product(nets, videos.items()):
                 if name in DISTANCES:
                     sums[name, kind] += gram(nets[name](real, video))
@@ -984,7 +999,7 @@ class Evaluation:
                     for row, values in nets[name](real, video).items():
                         values = values.double().unflatten(0, (len(group), -1)).nanmean(1)
                         store[row, kind] |= zip(group, values, strict=True)
-        if gif and self.proc.rank == 0:
+        if gif:
             picture = torch.cat([*gif["clips"]], 1)
             data.write_gif(self.folder / "samples.gif", picture, self.model.data["fps"])
         rows, sums = self.rows(store), self.gather(sums)
@@ -1047,7 +1062,7 @@ class Evaluation:
 
     def idm(self) -> dict[str, dict]:
         """Train the inverse-dynamics probe per horizon and read the actions off both futures."""
-        store, n, bank = defaultdict(dict), self.n, self.bank()
+        store, n, (*bank, cut) = defaultdict(dict), self.n, self.bank()
         for k in self.horizons:
             net, starts = self.fit_idm(k, *bank), range(n - 1, self.config.num_frames - k, k)
             for group, real, actions, _ in self.batches(f"idm k={k}", store):
@@ -1058,17 +1073,17 @@ class Evaluation:
                     read = torch.cat([net(z[:, s : s + k + 1])[..., :6] for s in starts], 1)
                     pairs = torch.stack([read, true], 2)
                     store[f"idm_r_k{k}", kind] |= zip(group, pairs, strict=True)
-        learned, limit = len(bank[0]), f", all that {BANK >> 20} MiB hold"
-        note = f"learned from {learned} clips" + limit * (learned < self.args.max_steps)
+        note = f"learned from {len(bank[0])} clips" + f", all that {BANK >> 20} MiB hold" * cut
         return {k: row | {"note": note} for k, row in self.rows(store, "pearson").items()}
 
-    def bank(self) -> tuple[Tensor, Tensor, np.ndarray]:
+    def bank(self) -> tuple[Tensor, Tensor, np.ndarray, bool]:
         """Encode clips of the train split, once for all horizons; each process holds its own.
 
         features  (N, T, cells, C)   half precision in main memory; N: eight windows of the longest
                                      horizon a step, but no more than BANK bytes (800 of V-JEPA)
         actions   (N, T, 7)
         held      (N,)               of every tenth episode, which chooses the weights
+        cut       whether more clips were wanted
         """
         clips = data.EpisodeDataset(self.config, "train")
         if len(clips) < 2:
@@ -1083,7 +1098,7 @@ class Evaluation:
             bank[j] = self.native(self.filmed(info)).flatten(2, 3)[0]
             actions.append(self.recorded(info)[..., :7])
         _, episode = np.unique([i for _, i in keys], return_inverse=True)
-        return bank, torch.cat(actions), episode % 10 == 0
+        return bank, torch.cat(actions), episode % 10 == 0, count < most
 
     def fit_idm(self, k: int, bank: Tensor, actions: Tensor, held: np.ndarray) -> Probe:
         """Train a probe on all windows of k + 1 frames in the bank's clips."""
@@ -1355,12 +1370,13 @@ class Evaluation:
         """Print rows of the table and put them on disk."""
         self.results["finished"] += finished
         self.results["metrics"] |= (rows := plain(rows))
+        if self.proc.rank == 0:
+            path = self.folder / "results.json"
+            data.write_atomic(path, json.dumps(self.results, indent=1).encode())
+        while finished and self.notes:
+            self.notes.pop().unlink(missing_ok=True)
         if self.proc.rank > 0:
             return
-        path = self.folder / "results.json"
-        data.write_atomic(path, json.dumps(self.results, indent=1).encode())
-        for part in self.folder.glob("unfinished_*.pt") if finished else ():
-            part.unlink()
         for name, row in rows.items():
             if row["value"] is None:
                 print(f"{name:32} null: {row.get('reason') or 'no clip has a value'}")

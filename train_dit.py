@@ -190,9 +190,11 @@ def latent_statistics(space, dataset, cached: bool) -> tuple[Tensor, Tensor]:
 
 
 def pretrained_scale(args: Args) -> list[Tensor]:
-    """Return mean and standard deviation of the latents that --pretrained_checkpoint learned on."""
-    path = args.pretrained_checkpoint or ""
-    tensors = data.load_tensors(path)[0] if path.endswith(".safetensors") else {}
+    """Return mean and deviation of the latents that a resumed run or given weights learned on."""
+    path = Path(args.resume or "", "world_model.safetensors")
+    path = path if args.resume else Path(args.pretrained_checkpoint or "")
+    known = path.suffix == ".safetensors" and path.is_file()
+    tensors = data.load_tensors(path)[0] if known else {}
     return [tensors[name] for name in ("latent.mean", "latent.std") if name in tensors]
 
 
