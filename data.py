@@ -667,8 +667,7 @@ def read_own(path: Path) -> Iterator[Any]:
                 actions = np.load(array)
             cameras = sorted(p for p in path.iterdir() if p.is_dir()) or [path]
             names = [sorted(c.glob("*.[jJpP][pPnN]*[gG]")) for c in cameras]
-            with reading(path, remedy, OSError):
-                frames = [[name.read_bytes() for name in view] for view in names]
+            frames = [[name.read_bytes() for name in view] for view in names]
             if about.exists():
                 with reading(about, "mend or remove it", *DAMAGED):
                     said = json.loads(about.read_bytes())
@@ -676,6 +675,8 @@ def read_own(path: Path) -> Iterator[Any]:
         yield frames, actions, found
     except InputError as error:
         yield error
+    except OSError as error:
+        yield InputError(f"{path}: an image cannot be read ({error}); mend or remove it")
 
 
 # --- Toy world: a table, an arm with a gripper, blocks and a plate before three cameras. Metres and
