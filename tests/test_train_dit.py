@@ -172,6 +172,7 @@ def loaded(folder: Path, fixed: dict, episodes: int = 10, **parts) -> SimpleName
     """Load a checkpoint as a run of so many episodes and these parts does."""
     run = SimpleNamespace(folder=folder, parts=parts, fixed=fixed, dataset=range(episodes))
     run.say, (run.skipped, run.in_a_row) = print, torch.zeros(2)
+    run.proc = data.Processes(0, 1, 0, torch.device("cpu"))
     data.Run.load(run)
     return run
 
