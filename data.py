@@ -83,7 +83,10 @@ def run_cli(main: Callable[[], None]) -> None:
 
 def show_flags(cls: type, given: Any) -> None:
     """Print each flag under its group's name: its value and its comment in the source."""
-    values = {f.name: f.default for f in dataclasses.fields(cls)} | (vars(given) if given else {})
+    missing, fields = dataclasses.MISSING, dataclasses.fields(cls)
+    values = {f.name: f.default for f in fields}
+    values |= {f.name: f.default_factory() for f in fields if f.default_factory is not missing}
+    values |= vars(given) if given else {}
     bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
     for line in "".join(map(getsource, bases)).splitlines():
         field = re.fullmatch(r"    (\w+): (.*?)(?: = .*?)?(?:  # (.*))?", line)
@@ -92,13 +95,13 @@ def show_flags(cls: type, given: Any) -> None:
         if not field or field[1] not in values:
             continue
         name, kind, comment = field.groups()
-        if nested := re.search(r"Annotated\[(\w+)", kind):  # its fields are flags too
-            cls_within = getattr(sys.modules[cls.__module__], nested[1])
-            show_flags(cls_within, values[name] if given else cls_within())
+        value = values[name]
+        if dataclasses.is_dataclass(value):  # nested
+            show_flags(type(value), value)
             continue
         if choices := re.findall(r"[\"'](\w+)[\"']", kind):
             comment += f" ({' | '.join(choices)})"
-        value = values[name] if values[name] is not dataclasses.MISSING else "(must be given)"
+        value = "(must be given)" if value is missing else value
         flag = f"  --{name} {'' if value in (None, '', ()) else value}"
         lines = textwrap.wrap(comment, max(30, shutil.get_terminal_size().columns - 42))
         print(f"{flag:41}", f"\n{'':42}".join(["", *lines] if len(flag) > 41 else lines))
@@ -225,6 +228,13 @@ class Processes(NamedTuple):
             torch.distributed.all_reduce(x)
         return x
 
+    def gather(self, x: Any) -> list:
+        """Give every process what each of them has, however slow one is."""
+        parts = [x] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(parts, x, self.patient)
+        return parts
+
     def any(self, mine: bool) -> bool:
         """Whether it is so in any process; the device is not waited for."""
         votes = torch.tensor(float(mine))
@@ -272,6 +282,11 @@ def to_uint8(frames: torch.Tensor | np.ndarray) -> np.ndarray:
     if frames.dtype == np.uint8:
         return frames
     return (np.clip(frames.astype(np.float32), 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def to_floats(frames: np.ndarray) -> torch.Tensor:
+    """Turn bytes into float32 in [0, 1]."""
+    return torch.from_numpy(np.divide(frames, 255, dtype=np.float32))
 
 
 def write_gif(path: str | Path, frames: torch.Tensor | np.ndarray, fps: float = 5) -> None:
@@ -1510,7 +1525,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
             raise InputError(f"{episode.path}: {len(episode)} frames, not as indexed; {REMEDY}")
         if self.latents is None:
             frames = episode.frames(times, config.views, config.image_size)
-            frames = torch.from_numpy(np.divide(frames, 255, dtype=np.float32))
+            frames = to_floats(frames)
         else:
             frames = self.read_latents(episode, times)
         actions = torch.from_numpy(merge_actions(episode.actions, times, config.action_merge))
@@ -1552,8 +1567,7 @@ def write_latent_cache(
             for view, t in itertools.product(config.views, range(0, len(episode), 32)):
                 times = range(t, min(t + 32, len(episode)))
                 frames = episode.frames(times, [view], config.image_size)
-                frames = torch.from_numpy(np.divide(frames, 255, dtype=np.float32))
-                z.append(encode(frames)[0].bfloat16().cpu())
+                z.append(encode(to_floats(frames))[0].bfloat16().cpu())
             z = torch.cat(z).unflatten(0, (len(config.views), len(episode)))
             made_of = {"fingerprint": latents, "jpeg_bytes": int(episode.offsets[-1])}
             save_tensors(path, {"z": z}, made_of)
@@ -1749,10 +1763,7 @@ class Run:
             self.say(f"changed since the run was started: episodes {before} -> {now}, a new order")
         names = "step", "skipped", "in_a_row"
         self.step, self.skipped[...], self.in_a_row[...] = (self.state[name] for name in names)
-        steps = [self.step] * self.proc.world
-        if self.proc.world > 1:
-            torch.distributed.all_gather_object(steps, self.step, self.proc.patient)
-        if len({*steps}) > 1:
+        if len({*(steps := self.proc.gather(self.step))}) > 1:
             raise InputError(f"{self.folder}: processes read steps {steps}; make it whole for all")
         self.say(f"resumed {self.folder} at step {self.step}")
 
@@ -1788,9 +1799,7 @@ class Run:
         kind, keys, *others = np.random.get_state()
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         numpy = (kind, keys.tolist(), *others)
-        states = [(random.getstate(), numpy, torch.get_rng_state(), cuda)] * self.proc.world
-        if self.proc.world > 1:
-            torch.distributed.all_gather_object(states, states[0], self.proc.patient)
+        states = self.proc.gather((random.getstate(), numpy, torch.get_rng_state(), cuda))
         epoch, position = divmod(self.step * self.global_batch, len(self.dataset))
         state = {"step": self.step, "epoch": epoch, "position": position, "config": self.config}
         state |= {"skipped": self.skipped.item(), "in_a_row": self.in_a_row.item()}

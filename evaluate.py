@@ -818,14 +818,7 @@ class Evaluation:
                 "or remove the file"
             )
         self.results = {"finished": [], "metrics": {}} | old
-        self.gather(None)  # nobody writes before everybody has read
-
-    def gather(self, x) -> list:
-        """Give every process what each of them has."""
-        parts = [x] * self.proc.world
-        if self.proc.world > 1:
-            torch.distributed.all_gather_object(parts, x, self.proc.patient)
-        return parts
+        self.proc.gather(None)  # nobody writes before everybody has read
 
     def rows(self, store: dict, statistic: str = "mean") -> dict[str, dict]:
         """Make results of everybody's samples: the model's value beside those of the other kinds.
@@ -834,7 +827,9 @@ class Evaluation:
         """
         joined, out = {}, {}
         store = {key: {i: s.cpu() for i, s in clips.items()} for key, clips in store.items()}
-        for (name, kind), clips in itertools.chain(*(part.items() for part in self.gather(store))):
+        for (name, kind), clips in itertools.chain(
+            *(part.items() for part in self.proc.gather(store))
+        ):
             joined.setdefault(name, {}).setdefault(kind, {}).update(clips)
         for name, kinds in joined.items():
             kinds = {k: torch.stack([c[i] for i in sorted(c)]) for k, c in kinds.items()}
@@ -1002,7 +997,7 @@ class Evaluation:
         if gif:
             picture = torch.cat([*gif["clips"]], 1)
             data.write_gif(self.folder / "samples.gif", picture, self.model.data["fps"])
-        rows, sums = self.rows(store), self.gather(sums)
+        rows, sums = self.rows(store), self.proc.gather(sums)
         for name in (name for name in nets if name in DISTANCES):
             grams = [sum(s[name, kind] for s in sums if s) for kind in ("real", *KINDS)]
             real, *others = map(moments, grams)
@@ -1024,16 +1019,18 @@ class Evaluation:
         """
         store = defaultdict(dict)
         for i in self.share(self.windows, "search", store):
+            clip = self.recorded(self.infos[i]), self.space.encode(self.filmed(self.infos[i]))
             for row, (*_, dims) in self.searches.items():
-                for kind, error in self.search(i, row).items():
+                for kind, error in self.search(i, *clip, row).items():
                     store[row, kind][i], store[f"{row}_xyz", kind][i] = error[:, dims], error[:, :3]
         return self.rows(store, "l2")
 
-    def search(self, i: int, row: str, kinds: Sequence = ("model", "no signal")) -> dict:
+    def search(
+        self, i: int, actions: Tensor, z: Tensor, row: str, kinds=("model", "no signal")
+    ) -> dict[str, Tensor]:
         """Search the actions of window i as a row says: {kind of costs: errors (k, A)}."""
         (search, k, start, dims), n = self.searches[row], self.n
-        (actions,) = self.recorded(self.infos[i])
-        (z,) = self.space.encode(self.filmed(self.infos[i]))
+        (actions,), (z,) = actions, z
         random = torch.Generator().manual_seed(self.args.seed + i)
         noise = torch.randn((k, *z.shape[1:]), generator=random).to(z.device)
         true, last = actions[n - 1 : n - 1 + k], actions[n - 1 + k]
@@ -1049,11 +1046,12 @@ class Evaluation:
     def open_searches(self) -> None:
         """Try each search on one window without the model; report those that cannot be made."""
         searches, self.searches = self.args.searches.split(","), {}
+        clip = self.recorded(self.infos[0]), self.space.encode(self.filmed(self.infos[0]))
         for k, search, start in itertools.product(self.horizons, searches, ("", "_zero")):
             row, dims = f"{search}_k{k}{start}", self.dims[: 3 if search == "grid" else None]
             self.searches[row] = search, k, start, dims
             try:
-                self.search(0, row, ["no signal"])
+                self.search(0, *clip, row, ["no signal"])
             except InputError as error:  # too many points, too long for the window
                 if self.args.strict:
                     raise
@@ -1311,10 +1309,8 @@ class Evaluation:
         self.model.reset(frames[..., :n, :, :, :], actions[:, : n - 1])
         plan = self.model.plan(picture, k, dims=self.dims, generator=random, **self.cem)
         plans = {"model": plan, "random": chance, "still": still}
-        gaps = {
-            kind: np.linalg.norm(end(plan)[1] - places, axis=-1) for kind, plan in plans.items()
-        }
-        return {kind: gap.max() for kind, gap in gaps.items()}
+        ends = {kind: end(plan)[1] for kind, plan in plans.items()}
+        return {kind: np.linalg.norm(at - places, axis=-1).max() for kind, at in ends.items()}
 
     # -- the whole
 

@@ -57,8 +57,6 @@ FIXED = (  # what resuming may not change
     "use_pixel_decoder decoder_channels decoder_multipliers decoder_blocks decoder_attention "
     "decoder_groups stage gan_weight seed"
 ).split()
-
-
 PIXEL_TERMS = "pixel", "lpips", "ms_ssim"
 
 
