@@ -13,7 +13,6 @@ N images of one call, n tokens of an image, d channels of a head, p pixels a sid
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -21,6 +20,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -56,6 +56,7 @@ HOMES = {name: f"weights/{kind}/decoder" for kind, name in DECODERS.items()}
 HOMES |= {name: f"weights/{kind}" for kind, name in (*STATISTICS.items(), *RELEASES.items())}
 TRANSFORMERS = ("model.safetensors", "model.safetensors.index.json")
 CONTAINERS = ("ema_encoder", "target_encoder", "state_dict")  # what may hold the tensors of a .pt
+REMEDY = f"name a file of tensors, at its top level or in {', '.join(CONTAINERS)}"
 WRAPPERS = r"((module|_orig_mod|backbone|model|visual|vision_model)\.)*"  # before a tensor's name
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of a network's input
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -128,11 +129,10 @@ def find(name: str, *files: str, download: bool = True) -> Path:
             return fetch(name, file, cached)
         except (OSError, ValueError) as error:
             reason = type(error).__name__
-    org, repo, *folders = name.split("/")
-    place = "/".join(["https://huggingface.co", org, repo, "resolve/main", *folders])
+    place = re.sub(r"^([\w.-]+/[\w.-]+)", r"https://huggingface.co/\1/resolve/main", name)
     offline = reason in ("LocalEntryNotFoundError", "URLError")
     raise MissingFileError(
-        f"{name if '://' in name else place}/{files[0]} is not on this machine and cannot be fetched "
+        f"{place}/{files[0]} is not on this machine and cannot be fetched "
         f"({'no connection' if offline else reason}); put it, with the config.json, shards or "
         f"decoder.jit beside it, in {home} here (a licence may have to be accepted), or name its folder"
     )
@@ -146,11 +146,9 @@ def beside(path: Path, name: str, file: str) -> Path:
 
 def read_json(path: Path, key: str) -> dict:
     """Read a JSON object, or the object under a key of it if it has that key."""
-    try:
+    with data.reading(path, "fetch it again", OSError, *data.DAMAGED):
         values = json.loads(path.read_text())
         return dict(values.get(key, values))
-    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise InputError(f"{path}: no readable JSON object ({error}); fetch it again") from error
 
 
 def read_tensors(path: Path, keep: tuple[str, ...]) -> dict[str, Tensor]:
@@ -159,16 +157,14 @@ def read_tensors(path: Path, keep: tuple[str, ...]) -> dict[str, Tensor]:
         with data.open_tensors(path) as (file, _):
             state = {key: file.get_tensor(key) for key in file.keys() if key.startswith(keep)}
     else:
-        state = data.load_torch(path)
-        if isinstance(state, dict):
+        with data.reading(path, REMEDY, RuntimeError, *data.DAMAGED):
+            state = data.load_torch(path)
             state = next((state[name] for name in CONTAINERS if name in state), state)
-        state = state if isinstance(state, dict) else {f"{keep[0]}...": state}
-        state = {f"{key}": value for key, value in state.items() if f"{key}".startswith(keep)}
+            state = {key: value for key, value in state.items() if key.startswith(keep)}
     for name, value in state.items():
         good = isinstance(value, Tensor) and value.is_floating_point() and value.numel()
         if not (good and value.isfinite().all()):
-            what = f"'{name}' is no tensor of finite floats; name an undamaged file of tensors"
-            raise InputError(f"{path}: {what}, at its top level or in {', '.join(CONTAINERS)}")
+            raise InputError(f"{path}: '{name}' is no tensor of finite floats; {REMEDY}")
     return state
 
 
@@ -178,39 +174,33 @@ def read_stats(path: Path, latent_dim: int) -> Tensor:
     The file holds 'std' or 'var', and 'mean' (None or absent: zero): (C,), (C, h, w), (1, C, h, w).
     z' = (z - mean) / std,   std = sqrt(var + 1e-5)
     """
-    values = data.load_torch(path)
-    try:
+    remedy = f"name a file of 'std' or 'var', and 'mean', of {latent_dim} latent channels"
+    with data.reading(path, remedy, RuntimeError, *data.DAMAGED):
+        values = data.load_torch(path)
         mean, std = values.get("mean"), values.get("std")
         std = (values["var"] + 1e-5).sqrt() if std is None else std
-        pair = [torch.zeros(latent_dim) if mean is None else mean, std]
-        pair = [x.view(-1, 1, 1) if x.ndim == 1 else x for x in pair]
+        mean = torch.zeros_like(std) if mean is None else mean
+        pair = [x.view(-1, 1, 1) if x.ndim == 1 else x for x in (mean, std)]
         pair = [x.float().reshape(latent_dim, *x.shape[-2:]) for x in pair]
         stats = torch.stack(torch.broadcast_tensors(*pair))
         if not (stats.isfinite().all() and (stats[1] > 0).all()):
             raise ValueError("not all finite and positive")
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        what = f"no 'std' or 'var', and 'mean', of {latent_dim} latent channels"
-        raise InputError(f"{path}: {what} ({error!r}); name a file that holds them") from error
     return stats.movedim(1, -1).contiguous()
 
 
 class Network(nn.Module):
-    """The tensors of a public file under their own names, and the layers that ask for them.
+    """The tensors of a public file under their own names, and the layers that ask for them."""
 
-    files, keep             see find, read_tensors
-    needs_config            its config.json is a must: beside a file here, in the hub
-    unused, names           tensors not asked for; pairs our=the file's part of a name
-    size, mean_std, clamp   side, normalisation and clamping of the frames it is made for
-    frames, chunk           frames a latent stands for, frames a call
-    """
-
-    files, keep, needs_config, unused, names = TRANSFORMERS, ("",), (True, True), ("\n",), ""
-    size, mean_std, clamp, frames, chunk = None, HALF, False, 1, 32
+    files, keep = TRANSFORMERS, ("",)  # see `find` and `read_tensors`
+    needs_config = (True, True)  # its config.json is a must: beside a file here, in the hub
+    unused, names = ("\n",), ""  # tensors not asked for; pairs our=the file's part of a name
+    size, mean_std, clamp = None, HALF, False  # of the frames it is made for: side, range
+    frames, chunk = 1, 32  # frames a latent stands for, frames a call
     archives, eps, last = (), 1e-6, ""
 
     def __init__(self, where: Path, state: dict[str, Tensor], config: dict):
         super().__init__()
-        self.where, self.config, self.asked, self.missing = where, config, {}, {}
+        self.where, self.config, self.asked = where, config, {}
         self.prefix = re.match(WRAPPERS, min(state, default=""))[0]
         for name in sorted(state):  # register_buffer takes no dots in a name
             self._buffers[name] = state[name].to(torch.float32, copy=True)
@@ -233,15 +223,12 @@ class Network(nn.Module):
         name = self.rename(name)
         value, self.asked[name] = self._buffers.get(name), True
         if value is None:
-            self.missing[name] = True
             pattern = re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", re.escape(name))
             value = next((v for k, v in self._buffers.items() if re.fullmatch(pattern, k)), None)
         if value is None:
-            raise self.fault(f"missing tensors: {', '.join([*self.missing][-4:])}")
-        fits = len(shape) == value.ndim and all(
-            a < 0 or a == b for a, b in zip(shape, value.shape, strict=True)
-        )
-        if shape and not fits:
+            raise self.fault(f"missing tensors: {name}")
+        seen = tuple(b if a >= 0 else a for a, b in zip(shape, value.shape, strict=False))
+        if shape and (seen != shape or value.ndim != len(shape)):
             raise self.fault(f"tensor {name} is {tuple(value.shape)}, expected {shape}")
         return value
 
@@ -284,21 +271,23 @@ class Network(nn.Module):
         for key, value in facts.items():
             if self.config.get(key, value) != value:
                 raise self.fault(f"{key} is {self.config[key]!r}, its tensors say {value}")
-        buffers, self._buffers = self._buffers, {k: v.to("meta") for k, v in self._buffers.items()}
-        left = []
+        buffers, broken = self._buffers, None
+        self._buffers = {name: value.to("meta") for name, value in buffers.items()}
         try:
             run(torch.empty(shape, device="meta"))
-            spare = tuple(self.prefix + name for name in self.unused)
-            left = [k for k in buffers if k not in self.asked and not k.startswith(spare)]
         except (RuntimeError, ValueError, IndexError) as error:
+            broken = error
+        self._buffers, spare = buffers, tuple(self.prefix + name for name in self.unused)
+        missing = [name for name in self.asked if name not in buffers]
+        if broken and not missing:
             layer = [*self.asked][-1].rpartition(".")[0]
-            misfit = self.fault(f"its tensors do not fit together at {layer} ({error})")
-            if not self.missing:
-                raise (error if isinstance(error, InputError) else misfit) from None
-        finally:
-            self._buffers = buffers
-        kinds = {"missing": [*self.missing], "unexpected": left}
-        faults = [f"{k} tensors: {', '.join(names[:4])}" for k, names in kinds.items() if names]
+            misfit = self.fault(f"its tensors do not fit together at {layer} ({broken})")
+            raise broken if isinstance(broken, InputError) else misfit
+        left = [name for name in buffers if name not in self.asked and not name.startswith(spare)]
+        kinds = {"missing": missing, "unexpected": [] if broken else left}
+        faults = [
+            f"{kind} tensors: {', '.join(names[:4])}" for kind, names in kinds.items() if names
+        ]
         if faults:
             raise self.fault(" and ".join(faults))
 
@@ -317,15 +306,16 @@ def unpatchify(x: Tensor, p: int) -> Tensor:
     return x.flatten(4).flatten(2, 3)
 
 
-def turns(*axes: Tensor, pairs: int, total: int) -> Tensor:
-    """Return e^(i angle), angle_k = position * 10000^(-k / pairs), axis after axis; the rest 1.
+def turns(*axes: Tensor, pairs: int) -> Tensor:
+    """Return e^(i angle), angle_k = position * 10000^(-k / K), for K pairs an axis; the rest 1.
 
-    axes  positions along each axis of a grid of n tokens   ->  (n, total) complex
+    axes  positions along each axis of a grid of n tokens   ->  (n, pairs) complex
     """
-    frequency = 10000 ** (-torch.arange(pairs, device=axes[0].device) / pairs)
+    K = pairs // len(axes)
+    frequency = 10000 ** (-torch.arange(K, device=axes[0].device) / K)
     grid = torch.meshgrid(*axes, indexing="ij")
     angle = torch.cat([axis.reshape(-1, 1) * frequency for axis in grid], dim=1)
-    angle = F.pad(angle, (0, total - angle.shape[1]))
+    angle = F.pad(angle, (0, pairs - angle.shape[1]))
     return torch.polar(torch.ones_like(angle), angle)
 
 
@@ -333,11 +323,12 @@ class Transformer(Network):
     """A stack of pre-norm blocks; subclasses say what the file calls the parts of a block.
 
     x += scale1 proj(attention(norm1(x)))
-    x += scale2 fc2(act(fc1(norm2(x)))),   without act: fc2(silu(gate) up), [gate, up] = fc1(...)
+    x += scale2 fc2(gelu(fc1(norm2(x)))),   gated: fc2(silu(gate) up), [gate, up] = fc1(...)
     """
 
     blocks, norm1, norm2, qkv, proj = "blocks.", "norm1", "norm2", ("attn.qkv",), "attn.proj"
-    fc1, fc2, scales, act, halves = ("mlp.fc1",), "mlp.fc2", (), staticmethod(F.gelu), False
+    fc1, fc2, scales, gelu = ("mlp.fc1",), "mlp.fc2", (), "none"
+    gated, halves = False, False
 
     def rotate(self, x: Tensor, turn: Tensor) -> Tensor:
         """Turn pairs of channels by position, (a + ib) e^(i angle), in float32. [Su et al. 2021]
@@ -366,20 +357,19 @@ class Transformer(Network):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  #      (N, heads, n, d)
         y = self.linear(y.transpose(1, 2).flatten(2), name + self.proj)
         x = torch.addcmul(x, y, scales[0]) if scales else x + y
-        y = self.parts(self.norm(x, name + self.norm2), name, self.fc1, 1 if self.act else 2)
-        y = self.linear(self.act(y[0]) if self.act else F.silu(y[0]) * y[1], name + self.fc2)
+        y = self.parts(self.norm(x, name + self.norm2), name, self.fc1, 1 + self.gated)
+        y = F.silu(y[0]) * y[1] if self.gated else F.gelu(y[0], approximate=self.gelu)
+        y = self.linear(y, name + self.fc2)
         return torch.addcmul(x, y, scales[1]) if scales else x + y
 
 
 class DINO(Transformer):
-    """DINOv2 as in Web-DINO: images to tokens, by a table of positions.
+    """DINOv2 as in Web-DINO: images to tokens, by a table of positions."""
 
-    last  the norm at the end: the "file"'s, a "plain" one without weights in its place, or "none"
-    """
-
-    mean_std, last, unused, size = IMAGENET, "file", ("embeddings.mask_token",), 224
+    last = "file"  # the norm at the end: the "file"'s, a "plain" one without weights, or "none"
+    mean_std, unused, size = IMAGENET, ("embeddings.mask_token",), 224
     patch, table = "embeddings.patch_embeddings.projection", "embeddings.position_embeddings"
-    cls, registers, end = "embeddings.cls_token", "", "layernorm"
+    cls, registers = "embeddings.cls_token", ""
     blocks, proj = "encoder.layer.", "attention.output.dense"
     qkv = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
     scales = ("layer_scale1.lambda1", "layer_scale2.lambda1")
@@ -390,7 +380,7 @@ class DINO(Transformer):
         self.eps = self.number("layer_norm_eps", 1e-6)
         self.depth = self.count(self.blocks, "num_hidden_layers")
         if self.config.get("use_swiglu_ffn"):
-            self.fc1, self.fc2, self.act = ("mlp.weights_in",), "mlp.weights_out", None
+            self.fc1, self.fc2, self.gated = ("mlp.weights_in",), "mlp.weights_out", True
         self.places = self.tensor(self.table).numel() // self.dim - bool(self.cls)
         self.h, side = math.isqrt(self.places), 2 * self.unit
         self.size = self.size or self.h * self.unit
@@ -412,7 +402,7 @@ class DINO(Transformer):
             x = self.block(x, i)
         x = x[:, -h * w :].unflatten(1, (h, w))
         if self.last == "file":
-            return self.norm(x, self.end)
+            return self.norm(x, "layernorm")
         return F.layer_norm(x, (D,), eps=1e-6) if self.last == "plain" else x
 
 
@@ -431,7 +421,7 @@ class SigLIP(DINO):
     patch, table, cls = "embeddings.patch_embedding", "embeddings.position_embedding.weight", ""
     blocks, norm1, norm2 = "encoder.layers.", "layer_norm1", "layer_norm2"
     qkv, proj = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj"
-    scales, act = (), staticmethod(functools.partial(F.gelu, approximate="tanh"))
+    scales, gelu = (), "tanh"
 
 
 class VJEPA(Transformer):
@@ -454,7 +444,7 @@ class VJEPA(Transformer):
         grid = t, h, w = x.shape[1:4]
         time, row, column = (torch.arange(size, device=x.device).float() for size in grid)
         row, column = row * 15 / max(h - 1, 1), column * 15 / max(w - 1, 1)  # spans 0..15, its grid
-        turn = turns(time, row, column, pairs=10, total=32)
+        turn = turns(time, row, column, pairs=32)
         x = x.flatten(1, 3) + self.tensor(f"{kind}_mod_embed", 1, 1, self.dim)
         for i in range(self.depth):
             x = self.block(x, i, turn)
@@ -473,7 +463,7 @@ class QwenTower(Transformer):
 
     files, keep = TRANSFORMERS[::-1], ("visual.", "model.visual.")
     size, mean_std, clamp, unused = 224, CLIP, True, ("merger.mlp.",)
-    fc1, fc2, act, halves = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", None, True
+    fc1, fc2, gated, halves = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", True, True
 
     def build(self) -> None:
         weight = self.tensor("patch_embed.proj.weight", -1, 3, -1, -1, -1)
@@ -498,8 +488,7 @@ class QwenTower(Transformer):
         x = self.patches(x, "patch_embed.proj", bias=False).squeeze(1)
         h, w, D = x.shape[1:]
         row, column = (torch.arange(size, device=x.device) for size in (h, w))
-        pairs = D // self.heads // 4
-        turn = turns(row.float(), column.float(), pairs=pairs, total=2 * pairs)
+        turn = turns(row.float(), column.float(), pairs=D // self.heads // 2)
         window = (row[:, None] // self.window * w + column // self.window).flatten()
         same, x = window[:, None] == window, x.flatten(1, 2)
         for i in range(self.depth):
@@ -592,10 +581,9 @@ class KLAutoencoder(Network):
         """Map images (N, 3, H, W) to posterior means (N, h, w, C)."""
         x = self.conv(x, "encoder.conv_in", padding=1)
         for i in range(self.levels):
-            name, coarsest = f"encoder.down.{i}", i == self.levels - 1
-            x = self.level(x, name, self.blocks, coarsest)
-            if not coarsest:
-                x = self.conv(F.pad(x, (0, 1, 0, 1)), f"{name}.downsample.conv", stride=2)
+            x = self.level(x, f"encoder.down.{i}", self.blocks, i == self.levels - 1)
+            if i < self.levels - 1:
+                x = self.conv(F.pad(x, (0, 1, 0, 1)), f"encoder.down.{i}.downsample.conv", stride=2)
         x = self.layer(self.middle(x, "encoder.mid"), "encoder.norm_out", "encoder.conv_out")
         x = self.conv(x, "quant_conv") if self.quant else x
         return x.chunk(2, dim=1)[0].movedim(1, -1)  # the other half: log variances
@@ -646,26 +634,21 @@ class Cosmos(Network):
     @torch.no_grad()
     def build(self) -> None:
         self.archives, self.jits = (self.where, self.config["decoder"]), {}
-        z = self.encode(torch.zeros(1, 3, 64, 64))
-        self.dim, self.unit = z.shape[-1], 64 // z.shape[1]
-        self.decode(z)
+        with data.reading(self.where, "fetch it again", RuntimeError, *data.DAMAGED):
+            _, h, _, self.dim = (z := self.encode(torch.zeros(1, 3, 64, 64))).shape
+        with data.reading(self.archives[1], "fetch it again", RuntimeError, *data.DAMAGED):
+            _, _, _, _ = self.decode(z).shape
+        self.unit = 64 // h
 
     def run(self, i: int, x: Tensor) -> Tensor:
         """Run encoder (0) or decoder (1), loaded for x's device: constants of a trace stay put."""
-        try:
-            if (i, x.device) not in self.jits:
-                file = str(self.archives[i])
-                self.jits[i, x.device] = torch.jit.load(file, map_location=x.device).eval()
-            jit = self.jits[i, x.device]
+        if (i, x.device) not in self.jits:
+            jit = torch.jit.load(str(self.archives[i]), map_location=x.device).eval()
             dtypes = [value.dtype for value in (*jit.parameters(), *jit.buffers())]
-            out = jit(x.to(dtypes[0] if dtypes else torch.float32))
-            out = out[0] if isinstance(out, tuple) else out
-            _, _, _, _ = out.shape
-        except (RuntimeError, ValueError, AttributeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            what = f"does not map images and latents as TorchScript ({reason})"
-            raise InputError(f"{self.archives[i]}: {what}; fetch it again") from error
-        return out
+            self.jits[i, x.device] = jit, (dtypes or [torch.float32])[0]
+        jit, dtype = self.jits[i, x.device]
+        out = jit(x.to(dtype))
+        return out[0] if isinstance(out, tuple) else out
 
     def encode(self, x: Tensor) -> Tensor:
         return self.run(0, x).movedim(1, -1)
@@ -697,14 +680,6 @@ def load(cls: type, name: str) -> Network:
     return cls(path, state, read_json(config, "vision_config") if config.is_file() else {})
 
 
-def load_decoder(config: EncoderConfig, latent_dim: int) -> ViTDecoder:
-    """Load the decoder of RAE or Scale-RAE."""
-    decoder = load(ViTDecoder, config.decoder_weights or DECODERS[config.encoder_type])
-    if decoder.in_dim != latent_dim:
-        raise decoder.fault(f"it decodes {decoder.in_dim} channels, not {latent_dim}")
-    return decoder
-
-
 class BaseAutoencoder(nn.Module):
     """The one contract: encode and decode, frozen, deterministic, in chunks, float32 outside.
 
@@ -731,7 +706,7 @@ class BaseAutoencoder(nn.Module):
         release = kind in DECODERS and network.dim == int(ROWS[kind][1].split("x")[2])
         self.has_decoder = hasattr(network, "decode") or bool(config.decoder_weights) or release
         if config.decoder_weights:  # the release's is fetched when it is needed
-            self.decoder = load_decoder(config, network.dim)
+            self.load_decoder()
         stats = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)  # mean, std of the latents
         if kind == "vae":  # z = (mean - shift) scale
             stats[0] = network.number("shift_factor", 0.0609) if config.sd3_shift else 0
@@ -762,6 +737,34 @@ class BaseAutoencoder(nn.Module):
             parts = x.split(self.network.chunk)
             return torch.cat([call(part.to(device, non_blocking=True)).float() for part in parts])
 
+    def load_decoder(self) -> None:
+        """Load the decoder of RAE or Scale-RAE."""
+        name = self.config.decoder_weights or DECODERS[self.config.encoder_type]
+        self.decoder = load(ViTDecoder, name)
+        if self.decoder.in_dim != self.latent_dim:
+            what = f"it decodes {self.decoder.in_dim} channels, not {self.latent_dim}"
+            raise self.decoder.fault(what)
+
+    def latents(self, frames: Tensor) -> Tensor:
+        """Resize and normalise frames (N, H, W, 3), encode and standardise them."""
+        x = frames.movedim(-1, 1)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        size = (self.image_size or x.shape[2], self.image_size or x.shape[3])
+        if x.shape[2:] != size:  # as upstream: no antialias, and it overshoots [0, 1] at edges
+            x = F.interpolate(x, size, mode="bicubic", align_corners=False)
+        x = x.clamp(0, 1) if self.network.clamp else x
+        z = self.network.encode((x - self.mean_std[0]) / self.mean_std[1]).float()
+        if self.stats.shape[1:3] not in ((1, 1), z.shape[1:3]):
+            shapes = f"{tuple(z.shape[1:])}, their statistics {tuple(self.stats.shape[1:])}"
+            raise InputError(f"latents are {shapes}; change image_size or latent_stats")
+        return (z - self.stats[0]) / self.stats[1]
+
+    def images(self, z: Tensor) -> Tensor:
+        """Undo `latents`: (N, h, w, C) to frames (N, H, W, 3)."""
+        decode = (self.decoder or self.network).decode
+        x = decode(z.float() * self.stats[1] + self.stats[0])
+        return (x.float() * self.mean_std[1] + self.mean_std[0]).clamp(0, 1).movedim(1, -1)
+
     def check_frames(self, frames: Tensor) -> None:
         """Refuse what is no video."""
         if frames.ndim < 4 or frames.shape[-1] != 3 or 0 in frames.shape:
@@ -777,16 +780,6 @@ class BaseAutoencoder(nn.Module):
             what = f"frames are {frames.dtype} from {low:.4g} to {high:.4g}"
             raise InputError(f"{what}; give floats in [0, 1] (0..255: divide by 255), or uint8")
 
-    def features(self, frames: Tensor) -> Tensor:
-        """Resize and normalise frames (N, H, W, 3) and encode them."""
-        x = frames.movedim(-1, 1)
-        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
-        size = (self.image_size or x.shape[2], self.image_size or x.shape[3])
-        if x.shape[2:] != size:  # as upstream: no antialias, and it overshoots [0, 1] at edges
-            x = F.interpolate(x, size, mode="bicubic", align_corners=False)
-        x = x.clamp(0, 1) if self.network.clamp else x
-        return self.network.encode((x - self.mean_std[0]) / self.mean_std[1])
-
     def encode(self, frames: Tensor) -> Tensor:
         """Encode frames; the same frames always give the same latents.
 
@@ -797,11 +790,8 @@ class BaseAutoencoder(nn.Module):
         self.check_frames(frames := torch.as_tensor(frames))
         if missing := -frames.shape[-4] % self.temporal_stride:  # repeat the last frame
             frames = torch.cat([frames, *[frames[..., -1:, :, :, :]] * missing], dim=-4)
-        z = self.run(self.features, frames.flatten(0, -4))
-        if self.stats.shape[1:3] not in ((1, 1), z.shape[1:3]):
-            shapes = f"{tuple(z.shape[1:])}, their statistics {tuple(self.stats.shape[1:])}"
-            raise InputError(f"latents are {shapes}; change image_size or latent_stats")
-        return ((z - self.stats[0]) / self.stats[1]).unflatten(0, (*frames.shape[:-4], -1))
+        z = self.run(self.latents, frames.flatten(0, -4))
+        return z.unflatten(0, (*frames.shape[:-4], -1))
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode latents to frames in [0, 1].
@@ -819,12 +809,8 @@ class BaseAutoencoder(nn.Module):
             shape = f"(B, T, h, w, {self.latent_dim})"
             raise InputError(f"latents are {tuple(z.shape)}; {kind} decodes {shape}")
         if kind in DECODERS and self.decoder is None:
-            self.decoder = load_decoder(self.config, self.latent_dim)
-        decode, (mean, std) = (self.decoder or self.network).decode, self.mean_std
-        with torch.no_grad():
-            y = z.to(self.stats.device).float().flatten(0, -4) * self.stats[1] + self.stats[0]
-        x = self.run(lambda part: (decode(part).float() * std + mean).clamp(0, 1), y)
-        return x.movedim(1, -1).unflatten(0, z.shape[:-3])
+            self.load_decoder()
+        return self.run(self.images, z.flatten(0, -4)).unflatten(0, z.shape[:-3])
 
 
 def create_autoencoder(config: EncoderConfig) -> BaseAutoencoder:
@@ -852,18 +838,15 @@ def main() -> None:
                 found = False
             print(f"{row}{'yes' if found else 'no'}")
         return
-    try:
+    with data.reading(args.image, "name a picture", OSError):
         photo = Image.open(args.image).convert("RGB").resize((256, 256), Image.Resampling.BICUBIC)
-    except OSError as error:
-        raise InputError(f"{args.image}: no readable picture ({error}); check the path") from error
-    frames = torch.frombuffer(bytearray(photo.tobytes()), dtype=torch.uint8).view(1, 256, 256, 3)
-    encoder, frames = create_autoencoder(args), frames / 255
+    encoder, frames = create_autoencoder(args), data.to_floats(np.asarray(photo))[None]
     z = encoder.encode(frames)  #                                           (T = 1, h, w, C)
     x = z[0] - z[0].mean((0, 1))
     rgb = x @ torch.linalg.svd(x.flatten(0, 1), full_matrices=False)[2][:3].T
     low, high = rgb.flatten(0, 1).quantile(torch.tensor([0.01, 0.99]), dim=0)
-    pictures = [frames[0], *(encoder.decode(z) if encoder.has_decoder else ())]
-    pictures += [(rgb - low) / (high - low).clamp(min=1e-6)]
+    colours = (rgb - low) / (high - low).clamp(min=1e-6)
+    pictures = [frames[0], *(encoder.decode(z) if encoder.has_decoder else ()), colours]
     tiles = [F.interpolate(picture.movedim(-1, 0)[None], 256)[0] for picture in pictures]
     sheet = Image.fromarray(data.to_uint8(torch.cat(tiles, dim=2).movedim(0, -1)))
     data.write_atomic(args.output, lambda path: sheet.save(path, "PNG"))
