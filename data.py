@@ -52,6 +52,7 @@ import torch.utils.data
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize_tensors
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 # --- Errors, files, processes, pictures: everyone may import this section.
@@ -1664,13 +1665,22 @@ def begin(cls: type, toy: Any, fixed: Sequence[str]) -> tuple[Any, Processes]:
 
 def choose_clips(args: Any, proc: Processes, **others) -> DataConfig:
     """Say how clips are cut, as the flags do; write the toy world when it is first used."""
-    known = {field.name for field in dataclasses.fields(DataConfig)} & vars(args).keys()
-    values = {name: getattr(args, name) for name in known}
-    if "toy" in args.subset_names.split(",") and proc.rank == 0:
-        if not (Path(args.dataset_dir) / "toy").exists():
-            generate_toy(args.dataset_dir)
+    toy = "toy" in args.subset_names.split(",") and not Path(args.dataset_dir, "toy").exists()
+    if toy and proc.rank == 0:
+        generate_toy(args.dataset_dir)
     proc.meet()
-    return DataConfig(**values, views=args.num_views, **others)
+    names = vars(args).keys() & {field.name for field in dataclasses.fields(DataConfig)}
+    return DataConfig(**{n: getattr(args, n) for n in names}, views=args.num_views, **others)
+
+
+def wrap(module: torch.nn.Module, proc: Processes, compiled: bool = False) -> Callable:
+    """Compile a module if wanted; average its gradients over all processes if there are several."""
+    net = torch.compile(module) if compiled else module
+    if proc.world > 1:
+        mesh = torch.distributed.init_device_mesh(proc.device.type, (proc.world,))
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        net = torch.nn.parallel.DistributedDataParallel(net, device_mesh=mesh, **options)
+    return net
 
 
 def ignore_signals(_: int) -> None:
@@ -1687,46 +1697,49 @@ class Run:
     dataset  whose clips are drawn
     source   fingerprint of what makes latents of frames
     columns  of log.csv
-    flops    () -> int, of the forward passes of this process in one step
+    forward  passes one clip through the model: its FLOPs are counted
     """
 
-    def __init__(self, folder: Path, args, proc, parts: dict, dataset, source: str, columns, flops):
-        self.folder, self.args, self.proc, self.parts = folder, args, proc, parts
-        self.columns = columns
-        self.dataset, self.device, self.step, self.state = dataset, proc.device, 0, None
+    def __init__(self, folder: Path, args, proc, parts, dataset, source: str, columns, forward):
+        self.folder, self.log, self.columns = folder, folder / "log.csv", columns
+        self.args, self.proc, self.device = args, proc, proc.device
+        self.parts, self.dataset = parts, dataset
+        self.optimizers = [p for p in parts.values() if isinstance(p, torch.optim.Optimizer)]
         self.say = print if proc.rank == 0 else lambda *_: None
-        self.rotate = True  # whether last.pt deserves to become previous.pt
         self.global_batch = args.batch_size * args.grad_accum * proc.world
         self.epoch_steps = max(1, len(dataset) // self.global_batch)
-        self.sums, (self.skipped, self.in_a_row) = {}, torch.zeros(2, device=proc.device)
+        steps = args.num_epochs * self.epoch_steps
+        self.last_step = steps if args.max_steps is None else args.max_steps
         self.fixed = {"encoder and adapter": source}  # besides the flags
         self.fixed["clips a step (batch_size x grad_accum x processes)"] = self.global_batch
         self.config = dataclasses.asdict(dataclasses.replace(args, resume=None))
+        self.step, self.state, self.sums = 0, None, {}
+        self.rotate = True  # whether last.pt deserves to become previous.pt
+        self.skipped, self.in_a_row = torch.zeros(2, device=proc.device)
+        self.generator = torch.Generator(proc.device)  # of what is drawn in a step
         if args.resume:
             self.load()
         elif any((folder / name).exists() for name in ("last.pt", "previous.pt")):
             raise InputError(f"{folder}: holds a run; --resume {folder} or take another folder")
-        self.last_step = args.max_steps
-        if args.max_steps is None:
-            self.last_step = args.num_epochs * self.epoch_steps
-        self.log = folder / "log.csv"
         if proc.rank == 0:
             write_atomic(folder / "config.json", json.dumps(self.config, indent=1).encode())
             old = self.log.read_text().splitlines(True)[1:] if self.log.exists() else []
-            lines = [",".join(self.columns) + "\n"]
+            lines = [",".join(columns) + "\n"]
             for line in (line for line in old if line[-1] == "\n"):
                 step, loss = line.split(",", 2)[:2]
                 if int(step) < self.step + bool(loss or int(step) % args.val_every):
                     lines.append(line)  # all but a validation that is done again
             write_atomic(self.log, "".join(lines).encode())
         self.signals: list[int] = []
-        self.handlers = {
-            number: signal.signal(number, lambda number, _: self.signals.append(number))
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: self.signals.append(number))
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
         self.peak = next((1e12 * peak for kind, peak in PEAKS.items() if kind in name), None)
-        self.flops = 3 * flops() if self.peak else 0  # the backward pass takes twice the forward's
+        if self.peak:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                forward()
+            clip = 3 * counter.get_total_flops()  # the backward pass takes twice the forward's
+            self.flops = clip * args.batch_size * args.grad_accum
         self.say(f"{len(dataset)} episodes, {self.epoch_steps} steps an epoch, {folder}")
         hidden = proc.rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=self.last_step, initial=self.step, disable=hidden)
@@ -1785,6 +1798,19 @@ class Run:
                 torch.cuda.set_rng_state(cuda, self.device)
         return batches
 
+    def micro_steps(self, net: Callable, batches: Iterator) -> Iterator[tuple]:
+        """Serve a step's batches: (batch, (generator, shard)), the latter for `diffusion.draw`.
+
+        Only the backward pass of the last one averages gradients over the processes.
+        """
+        accum, world = self.args.grad_accum, self.proc.world
+        for micro in range(accum):
+            self.generator.manual_seed(self.args.seed + 1_000_003 * self.step)
+            draws = self.generator, (micro * world + self.proc.rank, accum * world)
+            wait = world > 1 and micro + 1 < accum
+            with net.no_sync() if wait else contextlib.nullcontext():
+                yield next(batches), draws
+
     def alone(self, write: Callable, *args) -> None:
         """Have rank 0 write while all wait; a run that cannot write goes on, the old files stay."""
         if self.proc.rank == 0:
@@ -1819,20 +1845,20 @@ class Run:
         self.alone(write_atomic, last, write)
         self.alone(self.draw)
 
-    def stopped(self) -> bool:
-        """Whether a signal came to any process; all get the same answer."""
-        return self.proc.any(bool(self.signals))
+    def due(self, every: int) -> bool:
+        """Whether it is time for what happens every so many steps, and at the end."""
+        return self.step >= self.last_step or (self.step > 0 and self.step % every == 0)
 
-    def update(self, optimizer: torch.optim.Optimizer, norms: list[torch.Tensor], *others) -> None:
-        """Step the optimisers, unless a gradient is not finite; fused AdamW needs no sync for it.
+    def update(self, *norms: torch.Tensor) -> None:
+        """Step the optimisers, unless a norm is not finite; fused AdamW needs no host sync for it.
 
         After ten such steps in a row all are skipped, until `report` looks.
         """
         bad = (~torch.stack(norms).isfinite().all() | (self.in_a_row >= 10)).float()
-        for each in (optimizer, *others):
-            each.found_inf = bad
-            each.step()
-            each.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.found_inf = bad
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.skipped += bad
         self.in_a_row = (self.in_a_row + 1) * bad
         self.step += 1
@@ -1840,14 +1866,14 @@ class Run:
 
     def write(self, row: dict[str, float], show: bool = True) -> None:
         """Append a row to log.csv and show it."""
-        values = (row.get(name, "") for name in self.columns)
-        texts = (f"{v:.8g}" if isinstance(v, float) else str(v) for v in values)
+        values = [row.get(name, "") for name in self.columns]
+        line = ",".join(f"{v:.8g}" if isinstance(v, float) else str(v) for v in values)
 
-        def append(line: str) -> None:
+        def append() -> None:
             with self.log.open("a") as file:
-                file.write(line)
+                file.write(line + "\n")
 
-        self.alone(append, ",".join(texts) + "\n")
+        self.alone(append)
         if show:
             texts = [f"{name} {value:.4g}" for name, value in row.items() if name != "step"]
             self.say(f"step {self.step}: {', '.join(texts)}")
@@ -1882,13 +1908,12 @@ class Run:
             first = self.step - round(bad)
             self.in_a_row.zero_()
             self.save()
-            batches = map(
-                ClipSampler(self.dataset, self.global_batch).batch, range(first, first + 10)
-            )
-            names = {str(self.dataset.info(key)["path"]) for keys in batches for key in keys}
+            batch = ClipSampler(self.dataset, self.global_batch).batch
+            keys = (key for number in range(first, first + 10) for key in batch(number))
+            names = sorted({str(self.dataset.info(key)["path"]) for key in keys})
             raise InputError(
                 f"step {self.step}: ten losses in a row were not finite, of steps {first + 1} to "
-                f"{first + 10}, whose clips were of {', '.join(sorted(names))}; look at them, or "
+                f"{first + 10}, whose clips were of {', '.join(names)}; look at them, or "
                 f"lower --lr and --resume {self.folder}"
             )
 
@@ -1898,27 +1923,22 @@ class Run:
         points = [(int(s), math.log10(float(v))) for s, v in rows if v and 0 < float(v) < math.inf]
         if len(points) < 2:
             return
-        (*_, (end, final)), logs = points, [log for _, log in points]
-        low, high = min(logs), max(*logs, min(logs) + 0.01)
+        (end, last), (low, *_, high) = points[-1], sorted(log for _, log in points)
+        span = max(high - low, 0.01)
         image = Image.new("RGB", (800, 480), "white")
         pen = ImageDraw.Draw(image)
-
-        def place(step: float, log: float) -> tuple[float, float]:
-            return 70 + 700 * step / end, 440 - 400 * (log - low) / (high - low)
-
-        for i in range(5):
-            step, log = end * i / 4, low + (high - low) * i / 4
-            pen.line((place(0, log), place(end, log)), fill="#dddddd")
-            pen.text((10, place(0, log)[1] - 6), f"{10**log:.4g}", fill="black")
-            pen.text((place(step, low)[0] - 12, 450), f"{step:.0f}", fill="black")
-        pen.line([place(*point) for point in points], fill="#1f5fbf", width=2)
-        pen.text((70, 12), f"loss, {10**final:.4g} at step {end}", fill="black")
+        for share in (0, 0.25, 0.5, 0.75, 1):
+            x, y = 70 + 700 * share, 440 - 400 * share
+            pen.line((70, y, 770, y), fill="#dddddd")
+            pen.text((10, y - 6), f"{10 ** (low + span * share):.4g}", fill="black")
+            pen.text((x - 12, 450), f"{end * share:.0f}", fill="black")
+        curve = [(70 + 700 * step / end, 440 - 400 * (log - low) / span) for step, log in points]
+        pen.line(curve, fill="#1f5fbf", width=2)
+        pen.text((70, 12), f"loss, {10**last:.4g} at step {end}", fill="black")
         write_atomic(self.folder / "loss.png", lambda path: image.save(path, "PNG"))
 
     def end(self) -> None:
-        """Say how to go on with a run that was stopped; leave signals and other processes alone."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        """Say how to go on with a run that was stopped; leave the other processes."""
         if self.step < self.last_step:
             here = int(os.environ.get("LOCAL_WORLD_SIZE", self.proc.world))
             launch = f"torchrun --nproc_per_node={here}" if self.proc.world > 1 else "python"

@@ -19,8 +19,8 @@ of the features before | after the adapter.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import math
 import random
 import warnings
@@ -34,15 +34,12 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import Dataset, default_collate
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from adapter import AdapterConfig, PixelDecoder, PixelDecoderConfig, create_adapter, save_adapter
-from data import EpisodeDataset, InputError, Processes, Run, begin, choose_clips, psnr, write_atomic
+from data import EpisodeDataset, InputError, Processes, Run, begin, choose_clips, psnr, wrap
 from diffusion import draw
 from encoders import EncoderConfig, create_autoencoder
 
@@ -136,15 +133,9 @@ class Args:
             multipliers, attention = ([int(n) for n in x.split(",") if n.strip()] for x in lists)
         except ValueError as error:
             raise InputError(f"decoder_multipliers, decoder_attention: {error}") from error
-        return PixelDecoderConfig(
-            latent_dim,
-            self.decoder_channels,
-            multipliers,
-            self.decoder_blocks,
-            temporal_upsample=temporal,
-            attn_resolutions=attention,
-            norm_groups=self.decoder_groups,
-        )
+        sizes = latent_dim, self.decoder_channels, multipliers, self.decoder_blocks
+        others = {"attn_resolutions": attention, "norm_groups": self.decoder_groups}
+        return PixelDecoderConfig(*sizes, temporal_upsample=temporal, **others)
 
 
 TOY = Args(
@@ -214,7 +205,7 @@ def ms_ssim(a: Tensor, b: Tensor, scales: int | None = None) -> Tensor:
 
 
 def load_lpips(device: torch.device) -> nn.Module:
-    """Build LPIPS on VGG-16 from the file that torchvision would download; it is not fetched here."""
+    """Build LPIPS on VGG-16 from the file that torchvision would download; nothing is fetched."""
     import lpips
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / VGG.rpartition("/")[2]
@@ -390,7 +381,7 @@ def write_picture(path: Path, shown: list, pca) -> None:
         columns.append(F.interpolate(x, columns[0].shape[1:3]).movedim(1, -1))
     picture = torch.cat([x.flatten(0, 1) for x in columns], dim=1)
     image = Image.fromarray(data.to_uint8(picture))
-    write_atomic(path, lambda temporary: image.save(temporary, "PNG"))
+    data.write_atomic(path, lambda temporary: image.save(temporary, "PNG"))
 
 
 def main() -> None:
@@ -399,9 +390,9 @@ def main() -> None:
     on_cuda = proc.device.type == "cuda"
     use_bf16 = on_cuda if args.bf16 is None else args.bf16
     use_compile = on_cuda if args.compile is None else args.compile
-    parallel = proc.world > 1
     use_gan = args.use_pixel_decoder and args.gan_weight > 0
-    if use_gan and parallel and not on_cuda:
+    use_lpips = args.use_pixel_decoder and args.lpips_weight > 0 and args.pixel_weight > 0
+    if use_gan and proc.world > 1 and not on_cuda:
         raise InputError(
             "gan_weight: several CPU processes cannot share the critic's batch norm; use one "
             "process, CUDA, or --gan_weight 0"
@@ -413,7 +404,6 @@ def main() -> None:
     ).to(proc.device)
     if args.num_frames % encoder.temporal_stride:
         raise InputError(f"num_frames {args.num_frames}: {args.encoder_type} takes frames in pairs")
-    use_lpips = args.use_pixel_decoder and args.lpips_weight > 0 and args.pixel_weight > 0
     lpips = load_lpips(proc.device) if use_lpips else None
 
     # 3. Data: frames, cached features, or both.
@@ -431,11 +421,9 @@ def main() -> None:
 
     def look(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return features and frames, views folded: (B V, T, h, w, D), (B V, T, H, W, 3)."""
-        batch = {
-            name: x.to(proc.device, non_blocking=True).flatten(0, 1) for name, x in batch.items()
-        }
-        frames = batch.get("frames")
-        return batch["z"] if "z" in batch else encoder.encode(frames), frames
+        moved = {n: x.to(proc.device, non_blocking=True).flatten(0, 1) for n, x in batch.items()}
+        frames = moved.get("frames")
+        return moved["z"] if "z" in moved else encoder.encode(frames), frames
 
     def some(dataset: EpisodeDataset) -> Iterable[tuple[Tensor, Tensor]]:
         """Go through this process's share of `val_clips` clips, one at a time."""
@@ -444,12 +432,12 @@ def main() -> None:
             yield look(default_collate([whole[divmod(n, len(dataset))]]))
 
     # 4. The trained model.
-    adapter = create_adapter(args.adapter, encoder.latent_dim)
+    adapter, pixel_decoder = create_adapter(args.adapter, encoder.latent_dim), None
     adapter.encoder_config = dataclasses.asdict(encoder.config)
     adapter.encoder_fingerprint = encoder.fingerprint
-    pixel_decoder = None
+    z = next(some(test_set))[0]
     if args.use_pixel_decoder:
-        side = next(some(test_set))[0].shape[-3] << (args.decoder_multipliers.count(","))
+        side = z.shape[-3] << args.decoder_multipliers.count(",")
         if side != args.image_size:
             raise InputError(
                 f"decoder_multipliers {args.decoder_multipliers}: paints {side} pixels a side, but "
@@ -459,7 +447,6 @@ def main() -> None:
             args.pixel_decoder_config(adapter.latent_dim, encoder.temporal_stride == 2)
         )
     model = Autoencoder(adapter, pixel_decoder, args.stage == "psvae").to(proc.device)
-    critic = Critic().to(proc.device) if use_gan else None
     mean, axes, variances = fit_pca(some(train_set), proc)
     pca = mean, axes[:, : adapter.latent_dim]
     if args.adapter.adapter_pca:
@@ -474,90 +461,64 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         groups, lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True
     )
-    net = torch.compile(model) if use_compile else model
-    if parallel:
-        mesh = init_device_mesh(proc.device.type, (proc.world,))
-        net = DistributedDataParallel(
-            net, device_mesh=mesh, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
-    if critic is not None:
-        critic = nn.SyncBatchNorm.convert_sync_batchnorm(critic) if parallel else critic
-        judge = DistributedDataParallel(critic) if parallel else critic
-        critic_optimizer = torch.optim.AdamW(
-            critic.parameters(), lr=4e-5, betas=(0.0, 0.99), fused=True
-        )
+    net, parts = wrap(model, proc, use_compile), {"model": model, "optimizer": optimizer}
+    if use_gan:
+        critic = nn.SyncBatchNorm.convert_sync_batchnorm(Critic()) if proc.world > 1 else Critic()
+        judge = wrap(critic.to(proc.device), proc)
+        slow = torch.optim.AdamW(critic.parameters(), lr=4e-5, betas=(0.0, 0.99), fused=True)
+        parts |= {"critic": critic, "critic_optimizer": slow}
     autocast = torch.autocast(proc.device.type, torch.bfloat16, enabled=use_bf16)
-    generator = torch.Generator(proc.device)
-
-    def flops() -> int:
-        z = next(some(test_set))[0]
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(z, z.new_zeros((*z.shape[:-1], adapter.latent_dim)))
-        return counter.get_total_flops() * args.batch_size * args.grad_accum
+    clip = functools.partial(torch.nn.utils.clip_grad_norm_, max_norm=args.clip_grad, foreach=True)
 
     # 6. The run folder: a new one, or one to go on with.
     folder = Path(args.resume or args.output_dir or f"outputs/adapter_{args.adapter.adapter_type}")
-    parts = {"model": model, "optimizer": optimizer}
-    if critic is not None:
-        parts |= {"critic": critic, "critic_optimizer": critic_optimizer}
-    scales = [group["scale"] for group in groups]
-    run = Run(folder, args, proc, parts, train_set, encoder.fingerprint, COLUMNS, flops)
+    forward = functools.partial(model, z, z.new_zeros((*z.shape[:-1], adapter.latent_dim)))
+    run = Run(folder, args, proc, parts, train_set, encoder.fingerprint, COLUMNS, forward)
     sizes = (sum(p.numel() for p in group["params"]) / 1e6 for group in groups)
     run.say(f"{' + '.join(f'{size:.2f}' for size in sizes)} M parameters")
 
     # 7. The loop, with one extra turn for the last validation and save.
     batches = run.batches(clips)
     while True:
-        last, stopped = run.step >= run.last_step, run.stopped()
-        if not stopped and (last or (run.step and run.step % args.val_every == 0)):
+        stopped = proc.any(bool(run.signals))
+        if run.due(args.val_every) and not stopped:
             averages, shown = validate(model, encoder, some(test_set), pca, proc)
             run.write({"step": run.step, **averages})
             run.alone(write_picture, folder / f"sample_{run.step:07d}.png", shown, pca)
-        if last or stopped or (run.step and run.step % args.save_every == 0):
+        if run.due(args.save_every) or stopped:
             run.save()
             run.alone(save_adapter, folder / "adapter.safetensors", adapter, pixel_decoder)
-        if last or stopped:
+        if run.step >= run.last_step or stopped:
             break
 
         lr, seen = lr_at(run.step, args, run.epoch_steps), run.step * run.global_batch
-        for group, scale in zip(optimizer.param_groups, scales, strict=True):
-            group["lr"], group["weight_decay"] = lr * scale, args.weight_decay
+        for group, flags in zip(optimizer.param_groups, groups, strict=True):  # resumed, asked for
+            group["lr"], group["weight_decay"] = lr * flags["scale"], args.weight_decay
         warm = args.kl_warmup * args.num_epochs * run.epoch_steps
         kl_weight = args.kl_weight * min(1.0, run.step / max(1.0, warm))
-        for micro in range(args.grad_accum):
-            z, frames = look(next(batches))
+        for batch, draws in run.micro_steps(net, batches):
+            z, frames = look(batch)
             if args.crop:
                 z, frames = cut(z, frames, args.crop, args.seed + run.step)
-            shard = (micro * proc.world + proc.rank, args.grad_accum * proc.world)
-            generator.manual_seed(args.seed + 1_000_003 * run.step)
-            shape = (*z.shape[:-1], adapter.latent_dim)
-            eps = draw(torch.randn, shape, z, generator, shard)
-            wait = parallel and micro + 1 < args.grad_accum
-            with net.no_sync() if wait else contextlib.nullcontext():
-                with autocast:
-                    out = net(z, eps)
-                judged = lpips if seen >= args.lpips_start else None
-                terms, painted = compare(out, z, frames, args, kl_weight, judged), out[3]
-                if use_gan and seen >= args.gan_start:
-                    critic.requires_grad_(False)
-                    gan, last_layer = -critic.judge(painted).mean(), pixel_decoder.conv_out.weight
-                    share = balance(weigh(terms, PIXEL_TERMS), gan, last_layer, proc)
-                    terms["gan"] = (args.gan_weight * share, gan)
-                loss = weigh(terms)
-                (loss / args.grad_accum).backward()
+            eps = draw(torch.randn, (*z.shape[:-1], adapter.latent_dim), z, *draws)
+            with autocast:
+                out = net(z, eps)
+            judged = lpips if seen >= args.lpips_start else None
+            terms, painted = compare(out, z, frames, args, kl_weight, judged), out[3]
+            if use_gan and seen >= args.gan_start:
+                critic.requires_grad_(False)
+                gan, last_layer = -critic.judge(painted).mean(), pixel_decoder.conv_out.weight
+                share = balance(weigh(terms, PIXEL_TERMS), gan, last_layer, proc)
+                terms["gan"] = (args.gan_weight * share, gan)
+            loss = weigh(terms)
+            (loss / args.grad_accum).backward()
             if "gan" in terms:
                 critic.requires_grad_(True)
                 terms["critic"] = (0.0, judge(frames, painted.detach()))
                 (terms["critic"][1] / args.grad_accum).backward()
             run.add(loss=loss, **{name: value for name, (_, value) in terms.items()})
-        norms = {
-            f"grad_{group['name']}": torch.nn.utils.clip_grad_norm_(
-                group["params"], args.clip_grad, foreach=True
-            )
-            for group in groups
-        }
-        critics = [critic_optimizer] if "gan" in terms else []
-        run.update(optimizer, [*norms.values()], *critics)
+        norms = {f"grad_{group['name']}": clip(group["params"]) for group in groups}
+        run.update(*norms.values())
         run.report(lr, **norms)
 
     run.say(f"{folder / 'adapter.safetensors'} holds the adapter of step {run.step}")

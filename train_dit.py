@@ -13,31 +13,26 @@ batch and sliced. A killed run, resumed, ends with the weights of an undisturbed
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import dataclasses
 import functools
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import encoders
-from data import Clip, EpisodeDataset, InputError, Run, begin, choose_clips, psnr
+from data import Clip, EpisodeDataset, InputError, Run, begin, choose_clips, psnr, wrap
 from diffusion import OBJECTIVES, draw, time_shift
 from dit import DIT_SIZES, DiT, DiTConfig, load_dit
-from encoders import EncoderConfig
+from encoders import ROWS, EncoderConfig
 from world_model import build_latent_space, save_world_model
 
 NATIVE_SEMANTIC = ("rae", "scale_rae_siglip", "scale_rae_webssl", "qwen", "vjepa2")
@@ -51,14 +46,9 @@ FIXED = (  # what resuming may not change
     "objective standardize freeze seed"
 ).split()
 BANDWIDTHS = {"B200": 8, "H200": 4.8, "H100": 3.35, "A100": 2.04, "L40S": 0.86, "RTX 4090": 1.01}
-ENCODER_GFLOP = {  # per 256x256 frame, 2 per multiply-add  [the paper, table 4]; others: unknown
-    "vae": 270.8,
-    "vavae": 137.9,
-    "cosmos": 47.6,
-    "vjepa2": 154.7,
-    "scale_rae_webssl": 155.8,
-    "scale_rae_siglip": 211.9,
-}
+# GFLOP per 256x256 frame, 2 per multiply-add, of the encoders in the paper's table 4.
+ENCODER_GFLOP = {"vae": 270.8, "vavae": 137.9, "cosmos": 47.6, "vjepa2": 154.7}
+ENCODER_GFLOP |= {"scale_rae_webssl": 155.8, "scale_rae_siglip": 211.9}
 BRIDGE_CLIPS, BRIDGE_FRAMES, DRY_MFU = 51_000, 2e6, 0.3  # clips an epoch, frames; assumed share
 
 
@@ -124,9 +114,8 @@ class Args:
     save_every: int = 1000  # steps between checkpoints
 
     def __post_init__(self):
-        if not 1 <= self.num_history < self.num_frames:
-            raise ValueError("num_history must be at least 1 and below num_frames")
-        for name in ("batch_size", "grad_accum", "stride", "num_views", "log_every", "val_every"):
+        counts = "num_history batch_size grad_accum num_views log_every val_every save_every"
+        for name in counts.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
         if (self.adapter_type == "identity") != (self.adapter_checkpoint_path is None):
@@ -149,8 +138,6 @@ TOY = Args(  # 64 tokens a frame and two layers: a step of 80 clip frames takes 
     standardize=True,
     dit_size="T",
     shift=10.0,  # neighbouring pixels are alike: only strong noise hides where things are
-    batch_size=16,
-    num_epochs=100,
     lr=3e-3,
     warmup_epochs=5.0,
     final_lr=0.02,
@@ -177,38 +164,34 @@ def spread_clips(dataset: EpisodeDataset, count: int) -> Clip:
 
 
 @torch.no_grad()
-def latent_statistics(space, dataset, cached: bool) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of the latents of evenly spread training clips."""
+def latent_scale(space, dataset: EpisodeDataset, args: Args) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation (C,) of latents, as given weights know them or of training clips."""
     device, total = next(space.buffers()).device, 0
+    path = Path(args.pretrained_checkpoint or "")
+    path = Path(args.resume, "world_model.safetensors") if args.resume else path
+    if path.suffix == ".safetensors" and path.is_file():
+        tensors, _ = data.load_tensors(path, device)
+        if "latent.mean" in tensors:
+            return tensors["latent.mean"], tensors["latent.std"]
     for x in spread_clips(dataset, 128).frames.split(1):
         x = x[0].to(device)
-        z = (x if cached else space.features(x[None])).flatten(0, -2).double()
+        z = (x if dataset.latents else space.features(x[None])).flatten(0, -2).double()
         total = total + torch.stack((torch.ones_like(z[0]) * len(z), z.sum(0), z.square().sum(0)))
     mean = total[1] / total[0]
     std = (total[2] / total[0] - mean**2).clamp_min(0).sqrt()
     return mean.float(), std.clamp_min(1e-3 * std.max()).float()
 
 
-def pretrained_scale(args: Args) -> list[Tensor]:
-    """Return mean and deviation of the latents that a resumed run or given weights learned on."""
-    path = Path(args.resume or "", "world_model.safetensors")
-    path = path if args.resume else Path(args.pretrained_checkpoint or "")
-    known = path.suffix == ".safetensors" and path.is_file()
-    tensors = data.load_tensors(path)[0] if known else {}
-    return [tensors[name] for name in ("latent.mean", "latent.std") if name in tensors]
+def dream(dit, objective, space, args, z, actions, clips) -> Tensor:
+    """Replace what follows the history in the latents z of clips by a rollout.
 
-
-def dream(dit, objective, space, frames, actions, args, seeds) -> tuple[Tensor, Tensor]:
-    """Encode clips, roll out all but their history: (z of the clips, z with a dreamed future).
-
-    seeds  one a clip: its noise depends on no batch, device or process
+    clips  their numbers, which alone decide their noise: no batch, device or process does
     """
-    z = space.encode(frames)
     n = args.num_history // space.temporal_stride
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    noise = torch.stack([torch.randn(z[0, n:].shape, generator=g) for g in generators])
+    generators = [torch.Generator().manual_seed(args.seed + int(i)) for i in clips]
+    noise = torch.stack([torch.randn(z[0, n:].shape, generator=g) for g in generators]).to(z.device)
     actions = space.group_actions(actions)
-    return z, objective.rollout(dit, z[:, :n], actions, z.shape[1] - n, noise=noise.to(z.device))
+    return objective.rollout(dit, z[:, :n], actions, z.shape[1] - n, noise=noise)
 
 
 @torch.no_grad()
@@ -223,14 +206,13 @@ def validate(dit, objective, space, clips, args, proc) -> dict[str, float]:
     """
     n, now = args.num_history, args.num_history // space.temporal_stride
     swapped = clips.actions.roll(-1, 0) if len(clips.actions) > 1 else clips.actions.flip(1)
-    names = ["model", "shuffled", "copy"] + ["ceiling"] * space.has_decoder
+    names = ("model", "shuffled", "copy", "ceiling")[: 3 + space.has_decoder]
     sums = torch.zeros(1 + len(names), dtype=torch.float64)
     for i in torch.arange(proc.rank, len(swapped), proc.world).split(8):
-        real, *acts = (x[i].to(proc.device) for x in (clips.frames, clips.actions, swapped))
-        (z, model), (_, other) = (
-            dream(dit, objective, space, real, a, args, args.seed + i) for a in acts
-        )
-        shown = [x[:, now:] for x in (model, other, z[:, now - 1 : now].expand_as(z), z)]
+        real, *acts = (x[i].to(proc.device) for x in (*clips, swapped))
+        z = space.encode(real)
+        dreams = [dream(dit, objective, space, args, z, a, i) for a in acts]
+        shown = [x[:, now:] for x in (*dreams, z[:, now - 1 : now].expand_as(z), z)]
         if space.has_decoder:
             shown = [space.decode(x) for x in shown]
             shown[2] = real[..., n - 1 : n, :, :, :]
@@ -238,17 +220,16 @@ def validate(dit, objective, space, clips, args, proc) -> dict[str, float]:
         else:
             values = [(x - shown[3]).square() for x in shown[:3]]
         sums += torch.tensor([len(i), *(v.flatten(1).mean(1).sum().item() for v in values)])
-    sums = proc.total(sums)
+    count, *sums = proc.total(sums).tolist()
     kind = "psnr" if space.has_decoder else "latent_mse"
-    means = (sums[1:] / sums[0]).tolist()
-    return {f"{kind}_{name}": mean for name, mean in zip(names, means, strict=True)}
+    return {f"{kind}_{name}": value / count for name, value in zip(names, sums, strict=True)}
 
 
 @torch.no_grad()
 def write_sample(path: Path, dit, objective, space, clips, args, device) -> None:
     """Write a GIF of up to four held-out clips, one a row: real | dreamed."""
     real, actions = (x[:4].to(device) for x in clips)
-    _, z = dream(dit, objective, space, real, actions, args, args.seed + torch.arange(len(real)))
+    z = dream(dit, objective, space, args, space.encode(real), actions, range(len(real)))
     pair = torch.cat((real, space.decode(z)), -2)
     if space.num_views > 1:
         pair = torch.cat(pair.unbind(1), -2)  # each view beside the next
@@ -260,7 +241,7 @@ def write_sample(path: Path, dit, objective, space, clips, args, device) -> None
 def freeze(dit: DiT, prefixes: str) -> list[str]:
     """Stop training the parameters whose names start with one of the prefixes; return the names."""
     starts = tuple(filter(None, prefixes.split(",")))
-    frozen = [name for name, _ in dit.named_parameters() if starts and name.startswith(starts)]
+    frozen = [name for name, _ in dit.named_parameters() if name.startswith(starts)]
     idle = [start for start in starts if not any(name.startswith(start) for name in frozen)]
     if idle or len(frozen) == len(list(dit.parameters())):
         raise InputError(
@@ -272,87 +253,79 @@ def freeze(dit: DiT, prefixes: str) -> list[str]:
     return frozen
 
 
-def choose_dit(args: Args, channels: int, frames: int, adapted: bool, **others) -> DiTConfig:
+def choose_dit(args: Args, channels: int, frames: int, action_dim: int = 10) -> DiTConfig:
     """Shape the network for clips of so many latent frames and channels; the paper fills gaps."""
-    native = args.encoder_type in NATIVE_SEMANTIC and not adapted
+    native = args.encoder_type in NATIVE_SEMANTIC and args.adapter_type == "identity"
     names = ("temporal_mode", "num_views", "view_rope", "action_dropout")
     return DiTConfig(
         in_channels=channels,
         patch_size=args.dit_patch or (2 if args.encoder_type == "vae" else 1),
         **DIT_SIZES[args.dit_size],
+        action_dim=action_dim,
         max_frames=frames,
         wide_head=native if args.wide_head is None else args.wide_head,
         **{name: getattr(args, name) for name in names},
-        **others,
     )
 
 
 def count_costs(config: DiTConfig, h: int, w: int) -> tuple[int, float, float]:
-    """Count without computing: parameters, forward FLOPs a frame, bytes kept for the backward pass.
+    """Count parameters, forward FLOPs a frame and bytes kept for a backward pass; compute nothing.
 
-    h, w  the latent grid of one view. The bytes are those of a clip in bfloat16 and eager mode,
-    every tensor that autograd keeps; a compiled model keeps fewer.
+    h, w  latent grid of a view; bytes: of all that autograd keeps of a clip in bfloat16, eager mode
     """
-    kept = {}
+    kept, T = {}, config.max_frames
 
     def keep(x: Tensor) -> Tensor:
         kept[id(x.untyped_storage())] = x.untyped_storage()
         return x
 
-    T, C = config.max_frames, config.in_channels
-    shapes = (h, w * config.num_views, C), (), (config.action_dim,)
+    shapes = (h, w * config.num_views, config.in_channels), (), (config.action_dim,)
     with torch.device("meta"), FlopCounterMode(display=False) as flops:
         dit = DiT(config).bfloat16()
-        weights = {id(p.untyped_storage()) for p in dit.parameters()}
+        clip = [torch.empty(1, T, *shape, dtype=torch.bfloat16) for shape in shapes]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            dit(*(torch.empty(1, T, *shape, dtype=torch.bfloat16) for shape in shapes))
-    activations = sum(x.nbytes() for key, x in kept.items() if key not in weights)
+            dit(*clip)
+    for weight in dit.parameters():
+        kept.pop(id(weight.untyped_storage()), None)
+    activations = sum(x.nbytes() for x in kept.values())
     return sum(p.numel() for p in dit.parameters()), flops.get_total_flops() / T, activations
 
 
 def dry_run(args: Args, world: int) -> None:
     """Print the cost of a run on `world` processes; no file is read and nothing is computed."""
-    kind, T = args.encoder_type, args.num_frames
-    h, w, C = map(int, encoders.ROWS[kind][1].split("x"))
+    kind, T, V = args.encoder_type, args.num_frames, args.num_views
+    h, w, C = map(int, ROWS[kind][1].split("x"))
     if kind == "pixels":
         h, w, C = *[args.image_size // args.pixel_patch] * 2, 3 * args.pixel_patch**2
     C = args.adapter_latent_dim or (C if args.adapter_type == "identity" else 96)
-    config = choose_dit(args, C, T, args.adapter_type != "identity")
-    count, forward, kept = count_costs(config, h, w)
-    batch, V = args.batch_size * args.grad_accum * world, args.num_views
+    count, forward, kept = count_costs(choose_dit(args, C, T), h, w)
     encoder = 0 if args.cache_latents else 1e9 * ENCODER_GFLOP.get(kind, 0) * V
-    clip, latent = T * (3 * forward + encoder), 2 * V * h * w * C  # FLOPs, bytes of a frame in bf16
-    parts = {"weights": 4, "gradients": 4, "AdamW": 8, "average": 4}  # bytes a parameter
-    parts = {name: size * count / 1e9 for name, size in parts.items()}
-    parts["activations"] = kept * args.batch_size / 1e9
+    clip, cells = T * (3 * forward + encoder), V * h * w * C  # FLOPs; numbers in a frame's latent
+    clips = args.batch_size * args.grad_accum * world
+    parts = {"weights": 4 * count, "gradients": 4 * count, "AdamW": 8 * count, "average": 4 * count}
+    parts["activations"] = kept * args.batch_size
     print(f"""\
-DiT-{args.dit_size}, {count / 1e6:.1f} M parameters; latents {V} x {h} x {w} x {C}, {T} frames a clip
-a frame: {forward / 1e9:.1f} GFLOP forward, three times that in training; its encoder {encoder / 1e9:.1f}
-a step: {batch} clips on {world} processes, {batch * clip / 1e12:.1f} TFLOP
-memory a process: {sum(parts.values()):.1f} GB = {", ".join(f"{k} {v:.1f}" for k, v in parts.items())} \
-(bfloat16, eager)
-latent cache of Bridge V2 ({BRIDGE_FRAMES / 1e6:.0f} M frames): {BRIDGE_FRAMES * latent / 1e12:.2f} TB
-
-training at a model FLOPs utilisation of {DRY_MFU:.0%}, {args.num_epochs} epochs of {BRIDGE_CLIPS} \
-clips, GB/s read from a cache;
-rollout of one video, frames/s: exact ({T + 9} frame passes a frame) and rolling (11) at that \
-utilisation, and the most that reading the weights allows
-GPU        clips/s   hours    GB/s    exact  rolling  reading""")
+DiT-{args.dit_size}: {count / 1e6:.1f} M parameters, {forward / 1e9:.1f} GFLOP a frame forward
+latents {V} x {h} x {w} x {C}, {T} frames a clip; its encoder: {encoder / 1e9:.1f} GFLOP a frame
+a step: {clips} clips on {world} processes, {clips * clip / 1e12:.1f} TFLOP: 3 x forward + encoder
+memory a process: {sum(parts.values()) / 1e9:.1f} GB = \
+{", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())} (bfloat16, eager)
+latents of Bridge V2: {BRIDGE_FRAMES * 2 * cells / 1e12:.2f} TB; GB/s are read from them
+{args.num_epochs} epochs of {BRIDGE_CLIPS} clips at {DRY_MFU:.0%} of a GPU's peak; rollout frames/s:
+exact ({T + 9} frame passes), rolling (11), and as fast as all weights can be read 11 times
+GPU        clips/s    hours     GB/s    exact  rolling  reading""")
     for name, peak in data.PEAKS.items():
         speed = DRY_MFU * peak * 1e12
-        clips, frames = world * speed / clip, speed / forward
-        read = BANDWIDTHS[name] * 1e12 / (2 * count) / 11  # once a context or denoising pass
-        hours = args.num_epochs * BRIDGE_CLIPS / clips / 3600
-        print(
-            f"{name:9} {clips:8.1f} {hours:7.1f} {clips * T * latent / 1e9:7.2f} "
-            f"{frames / (T + 9):8.1f} {frames / 11:8.1f} {read:8.0f}"
-        )
-    print("\nthe paper on four H100 (batch 16 and 5 a GPU, Web-DINO, 96 channels):")
-    for size, clips, hours in (("S", 218, "6-7 h"), ("L", 33, "34 h")):
-        config = DiTConfig(96, 1, **DIT_SIZES[size])
-        clip = 10 * (3 * count_costs(config, 16, 16)[1] + 155.8e9)
-        mfu = clips * clip / (4 * data.PEAKS["H100"] * 1e12)
-        print(f"DiT-{size} {hours}, about {clips} clips/s: an MFU of {mfu:.1%}, encoder included")
+        pace = world * speed / clip
+        row = [pace, args.num_epochs * BRIDGE_CLIPS / pace / 3600, pace * T * 2 * cells / 1e9]
+        row += [speed / forward / (T + 9), speed / forward / 11]
+        row += [1e12 * BANDWIDTHS[name] / (11 * 2 * count)]
+        print(f"{name:9}" + "".join(f"{x:9.2f}" for x in row))
+    for size, pace, hours in (("S", 218, "6-7 h"), ("L", 33, "34 h")):
+        forward = count_costs(DiTConfig(96, 1, **DIT_SIZES[size]), 16, 16)[1]
+        work = 10 * pace * (3 * forward + 1e9 * ENCODER_GFLOP["scale_rae_webssl"])
+        mfu = work / (4e12 * data.PEAKS["H100"])
+        print(f"the paper, DiT-{size} on four H100, {hours}: about {pace} clips/s, MFU {mfu:.1%}")
 
 
 def main() -> None:
@@ -360,23 +333,20 @@ def main() -> None:
     args, proc = begin(Args, TOY, FIXED)
     if args.dry_run:
         return dry_run(args, args.dry_run)
-    say = print if proc.rank == 0 else lambda *_: None
     on_cuda = proc.device.type == "cuda"
-    if (use_bf16 := args.bf16) is None:  # where the processor multiplies it faster than float32
-        use_bf16 = on_cuda or torch.cpu._is_avx512_bf16_supported()
-    if (use_compile := args.compile) is None:
-        use_compile = on_cuda or shutil.which("g++") is not None
+    in_bf16 = on_cuda or torch.cpu._is_avx512_bf16_supported()  # there it is faster than float32
+    use_bf16 = in_bf16 if args.bf16 is None else args.bf16
+    compiles = on_cuda or shutil.which("g++") is not None
+    use_compile = compiles if args.compile is None else args.compile
 
     # 2. Frozen models.
-    encoder = EncoderConfig(
-        args.encoder_type, args.encoder_weights, args.decoder_weights, patch_size=args.pixel_patch
-    )
+    sources = args.encoder_weights, args.decoder_weights
+    encoder = EncoderConfig(args.encoder_type, *sources, patch_size=args.pixel_patch)
     space = build_latent_space(encoder, args.adapter_checkpoint_path, args.num_views)
     space.to(proc.device)
-    if args.adapter_latent_dim not in (None, space.latent_dim):
+    if (dim := args.adapter_latent_dim) not in (None, space.latent_dim):
         raise InputError(
-            f"--adapter_latent_dim {args.adapter_latent_dim}: the latents are {space.latent_dim}-d; "
-            "take the adapter of that width or leave the flag out"
+            f"--adapter_latent_dim {dim}: latents are {space.latent_dim}-d; leave the flag out"
         )
 
     # 3. Data: latents from the cache, or frames that the loop encodes.
@@ -388,26 +358,20 @@ def main() -> None:
         if args.cache_only:
             return
     train_set = EpisodeDataset(config, "train", latents)
-    shown = dataclasses.replace(config, variable_history=False)
+    shown = replace(config, variable_history=False)
     clips = spread_clips(EpisodeDataset(shown, "test"), args.val_clips)
     train_clips = spread_clips(EpisodeDataset(shown, "train"), 4)
-    if args.standardize and (scale := pretrained_scale(args)):  # what those weights know
-        space.mean, space.std = (x.to(proc.device) for x in scale)
-    elif args.standardize:
-        space.mean, space.std = latent_statistics(space, train_set, latents is not None)
+    if args.standardize:
+        space.mean, space.std = latent_scale(space, train_set, args)
 
     # 4. The trained model.
     z = space.encode(clips.frames[:1].to(proc.device))
     beside = space.group_actions(clips.actions[:1].to(proc.device))
-    adapted, width = space.adapter is not None, beside.shape[-1]
-    shape = choose_dit(args, space.latent_dim, z.shape[1], adapted, action_dim=width)
+    shape = choose_dit(args, space.latent_dim, z.shape[1], beside.shape[-1])
     dit = DiT(shape).to(proc.device)
-    if args.pretrained_checkpoint and not args.resume:
-        weights = load_dit(args.pretrained_checkpoint).state_dict()
-        data.load_strictly(dit, weights, args.pretrained_checkpoint)
-        say(f"copied {len(weights)} tensors from {args.pretrained_checkpoint}; none is new")
-    if frozen := freeze(dit, args.freeze):
-        say(f"frozen: {', '.join(frozen)}")
+    if pretrained := None if args.resume else args.pretrained_checkpoint:
+        data.load_strictly(dit, load_dit(pretrained).state_dict(), pretrained)
+    frozen = freeze(dit, args.freeze)
     tokens = z.shape[2] * z.shape[3] // args.num_views // shape.patch_size**2
     if (shift := args.shift) is None:
         shift = 1.0 if args.encoder_type == "vae" else time_shift(tokens, space.latent_dim)
@@ -423,67 +387,59 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         trained, lr=args.lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=args.weight_decay, fused=True
     )
-    net = torch.compile(dit) if use_compile else dit
-    if proc.world > 1:
-        mesh = init_device_mesh(proc.device.type, (proc.world,))
-        net = DistributedDataParallel(net, device_mesh=mesh, gradient_as_bucket_view=True)
+    net = wrap(dit, proc, use_compile)
     autocast = torch.autocast(proc.device.type, torch.bfloat16, enabled=use_bf16)
-    generator = torch.Generator(proc.device)
-
-    def flops() -> int:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            ema(z, torch.ones(z.shape[:2], device=proc.device), beside)
-        return counter.get_total_flops() * args.batch_size * args.grad_accum
 
     # 6. The run folder: a new one, or one to go on with.
     folder = Path(args.resume or args.output_dir or time.strftime("outputs/%Y%m%d-%H%M%S"))
     parts = {"dit": dit, "ema": ema, "optimizer": optimizer}
-    run = Run(folder, args, proc, parts, train_set, space.fingerprint, COLUMNS, flops)
+    forward = functools.partial(ema, z, torch.ones(z.shape[:2], device=proc.device), beside)
+    run = Run(folder, args, proc, parts, train_set, space.fingerprint, COLUMNS, forward)
     run.say(f"{sum(p.numel() for p in trained) / 1e6:.2f} M parameters, {tokens} tokens a frame")
+    if pretrained:
+        run.say(f"copied {len(dit.state_dict())} tensors from {pretrained}; none is new")
+    if frozen:
+        run.say(f"frozen: {', '.join(frozen)}")
     if shape.dim < (wide := space.latent_dim * shape.patch_size**2) and not shape.wide_head:
         run.say(
             f"warning: width {shape.dim} is below the {wide} numbers of a token: noise cannot "
             "pass through it; take a larger --dit_size or an adapter"
         )
-    names = ("image_size", "stride", "num_history", "action_merge")
-    about = {name: getattr(args, name) for name in names}
+    about = {n: getattr(args, n) for n in ("image_size", "stride", "num_history", "action_merge")}
     about |= {"action_mapping": train_set.action_mapping, "fps": train_set.fps}
 
     # 7. The loop, with one extra turn for the last validation and save.
     batches = run.batches(train_set)
     while True:
-        last, stopped = run.step >= run.last_step, run.stopped()
-        if not stopped and (last or (run.step and run.step % args.val_every == 0)):
+        stopped = proc.any(bool(run.signals))
+        if run.due(args.val_every) and not stopped:
             scores = validate(ema, objective, space, clips, args, proc)
             run.write({"step": run.step, **scores})
             for name, some in (("sample", clips), ("train_sample", train_clips)):
                 if space.has_decoder:
                     path = folder / f"{name}_{run.step:07d}.gif"
                     run.alone(write_sample, path, ema, objective, space, some, args, proc.device)
-        if last or stopped or (run.step and run.step % args.save_every == 0):
+        if run.due(args.save_every) or stopped:
             run.save()
             path = folder / "world_model.safetensors"
             run.alone(save_world_model, path, ema, objective, space, about)
-        if last or stopped:
+        if run.step >= run.last_step or stopped:
             break
 
-        optimizer.param_groups[0]["lr"] = lr = lr_at(run.step, args, run.epoch_steps)
-        for micro in range(args.grad_accum):
-            x, actions = (x.to(proc.device, non_blocking=True) for x in next(batches))
+        lr = lr_at(run.step, args, run.epoch_steps)
+        optimizer.param_groups[0] |= {"lr": lr, "weight_decay": args.weight_decay}
+        for batch, draws in run.micro_steps(net, batches):
+            x, actions = (x.to(proc.device, non_blocking=True) for x in batch)
             z = space.finish(x) if latents else space.encode(x)
-            actions = space.group_actions(actions)
-            shard = (micro * proc.world + proc.rank, args.grad_accum * proc.world)
-            generator.manual_seed(args.seed + 1_000_003 * run.step)
-            drop = draw(torch.rand, (len(z),), z, generator, shard) < args.action_dropout
-            model = functools.partial(net, drop=drop)
-            wait = proc.world > 1 and micro + 1 < args.grad_accum
-            with autocast, net.no_sync() if wait else contextlib.nullcontext():
-                loss, logs = objective.loss(model, z, actions, history, generator, shard)
+            drop = draw(torch.rand, (len(z),), z, *draws) < args.action_dropout
+            model, actions = functools.partial(net, drop=drop), space.group_actions(actions)
+            with autocast:
+                loss, logs = objective.loss(model, z, actions, history, *draws)
                 (loss / args.grad_accum).backward()
             run.add(**logs)
         norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_grad, foreach=True)
         decay = min(args.ema, (1 + run.step) / (10 + run.step))
-        run.update(optimizer, [norm])
+        run.update(norm)
         torch._foreach_lerp_(average, weights, 1 - decay)
         run.report(lr, grad_norm=norm)
     run.end()

@@ -205,9 +205,11 @@ def test_resuming_lists_changed_flags_and_refuses_what_must_not_change(
     episodes, straight, tmp_path, capsys, monkeypatch
 ):
     folder = shutil.copytree(straight, tmp_path / "run")
-    run("--resume", folder, "--lr", "1e-5", "--log_every", 2)
+    run("--resume", folder, "--lr", "1e-5", "--weight_decay", 0.5, "--max_steps", 7)
     out = capsys.readouterr().out
-    assert "lr 0.003 -> 1e-05" in out and "log_every 1 -> 2" in out and "seed" not in out
+    assert "lr 0.003 -> 1e-05" in out and "max_steps 6 -> 7" in out and "seed" not in out
+    (group,) = load_torch(folder / "last.pt")["optimizer"]["param_groups"]
+    assert group["lr"] < 1e-5 and group["weight_decay"] == 0.5  # not those of the checkpoint
     for flags, match in (
         (("--seed", 4), "--seed 4: the run was started with 3"),
         (("--objective", "ddpm"), "--objective ddpm: the run was started with flow_matching"),
@@ -565,6 +567,7 @@ def test_the_world_model_file_repeats_the_training_time_sample(episodes, straigh
         (["--dataset_dir", "nowhere"], "nowhere"),
         (["--subset_names", "mini,other"], "other"),
         (["--num_history", "9"], "num_history"),
+        (["--save_every", "0"], "save_every"),
         (["--pixel_patch", "7"], "multiples of 7"),
         (["--resume", "nowhere"], "nowhere"),
         (["--freeze", "block5"], "block5"),
