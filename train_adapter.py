@@ -389,11 +389,8 @@ def main() -> None:
     train_set, test_set = EpisodeDataset(config, "train"), EpisodeDataset(config, "test")
     served = {"frames": train_set} if args.use_pixel_decoder or not args.cache_latents else {}
     if args.cache_latents:
-        if encoder.temporal_stride > 1:
-            raise InputError("cache_latents: these features depend on the clip; leave the flag out")
         name = f"{encoder.fingerprint}-{args.image_size}"
-        data.write_latent_cache(config, "train", name, encoder.encode, (proc.rank, proc.world))
-        proc.meet()
+        data.fill_cache(config, proc, name, encoder.encode, encoder.temporal_stride)
         served["z"] = EpisodeDataset(config, "train", name)
 
     def look(batch: dict[str, Clip]) -> tuple[Tensor, Tensor | None]:

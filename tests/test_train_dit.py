@@ -348,6 +348,13 @@ def test_two_processes_and_accumulation_equal_one_process(episodes, tmp_path):
     assert scores[0][-1] == pytest.approx(scores[1][-1], abs=1e-2)
 
 
+def test_latents_of_frame_pairs_are_not_cached(episodes):
+    config = DataConfig(str(episodes), "mini", num_frames=2, num_history=1, stride=1)
+    proc = data.Processes(0, 1, 0, torch.device("cpu"))
+    with pytest.raises(InputError, match="cache_latents: these features depend on the clip"):
+        data.fill_cache(config, proc, "pairs", lambda frames: frames[:, ::2], stride=2)
+
+
 def test_only_the_last_micro_step_exchanges_gradients_and_all_draw_the_same():
     held, seen = [], []
 
