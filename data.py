@@ -1673,6 +1673,14 @@ def choose_clips(args: Any, proc: Processes, **others) -> DataConfig:
     return DataConfig(**{n: getattr(args, n) for n in names}, views=args.num_views, **others)
 
 
+def fill_cache(config: DataConfig, proc: Processes, latents: str, encode: Callable, stride: int):
+    """Have all processes write the latent cache of the training clips; stride frames a latent."""
+    if stride > 1:
+        raise InputError("cache_latents: these features depend on the clip; leave the flag out")
+    write_latent_cache(config, "train", latents, encode, (proc.rank, proc.world))
+    proc.meet()
+
+
 def wrap(module: torch.nn.Module, proc: Processes, compiled: bool = False) -> Callable:
     """Compile a module if wanted; average its gradients over all processes if there are several."""
     net = torch.compile(module) if compiled else module

@@ -35,11 +35,11 @@ import tyro
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import StackDataset, default_collate
 
 import data
 from adapter import AdapterConfig, PixelDecoder, PixelDecoderConfig, create_adapter, save_adapter
-from data import EpisodeDataset, InputError, Processes, Run, begin, choose_clips, psnr, wrap
+from data import Clip, EpisodeDataset, InputError, Processes, Run, begin, choose_clips, psnr, wrap
 from diffusion import draw
 from encoders import EncoderConfig, create_autoencoder
 
@@ -54,7 +54,6 @@ FIXED = (  # what resuming may not change
     "use_pixel_decoder decoder_channels decoder_multipliers decoder_blocks decoder_attention "
     "decoder_groups stage gan_weight seed"
 ).split()
-PIXEL_TERMS = "pixel", "lpips", "ms_ssim"
 
 
 @dataclass
@@ -146,12 +145,7 @@ TOY = Args(
     num_workers=0,
     encoder_type="pixels",
     pixel_patch=8,
-    adapter=AdapterConfig(
-        adapter_latent_dim=16,
-        adapter_num_layers=1,
-        adapter_num_heads=6,
-        adapter_intermediate_size=384,
-    ),
+    adapter=AdapterConfig("svae", 16, 1, 6, 384),  # latent width, layers, heads, hidden width
     use_pixel_decoder=True,
     decoder_channels=64,
     decoder_multipliers="1,1,2,2",
@@ -298,27 +292,11 @@ def cut(z: Tensor, frames: Tensor | None, cells: int, seed: int) -> tuple[Tensor
     return z[..., y : y + cells, x : x + cells, :], frames
 
 
-def weigh(terms: dict[str, tuple], names: Iterable[str] | None = None) -> Tensor:
-    """Sum the terms, or those of some names, each by its weight."""
-    return sum(w * value for name, (w, value) in terms.items() if names is None or name in names)
-
-
-def balance(pixel_loss: Tensor, gan_loss: Tensor, last: nn.Parameter, proc: Processes) -> Tensor:
+def balance(loss: Tensor, gan: Tensor, last: nn.Parameter, proc: Processes) -> Tensor:
     """Weigh the GAN so that both losses pull equally at the last layer [Esser 2021, sec. 3.2]."""
-    grads = [torch.autograd.grad(x, last, retain_graph=True)[0] for x in (pixel_loss, gan_loss)]
-    pixel, gan = (proc.total(grad).norm() / proc.world for grad in grads)
-    return (pixel / (gan + 1e-4)).clamp(0, 1e4)
-
-
-class Clips(Dataset):
-    """Serve of every clip what is needed: its frames, its cached features, or both."""
-
-    def __init__(self, frames: EpisodeDataset | None, latents: EpisodeDataset | None):
-        self.parts = {"frames": frames, "z": latents}
-
-    def __getitem__(self, key) -> dict[str, Tensor]:
-        clip = {name: part[key].frames for name, part in self.parts.items() if part is not None}
-        return {name: x if x.ndim == 5 else x[None] for name, x in clip.items()}  # (V, T, ...)
+    grads = [torch.autograd.grad(x, last, retain_graph=True)[0] for x in (loss, gan)]
+    norm, gan_norm = (proc.total(grad).norm() / proc.world for grad in grads)
+    return (norm / (gan_norm + 1e-4)).clamp(0, 1e4)
 
 
 @torch.no_grad()
@@ -387,7 +365,7 @@ def write_picture(path: Path, shown: list, pca) -> None:
 def main() -> None:
     # 1. Flags, processes, seed.
     args, proc = begin(Args, TOY, FIXED)
-    on_cuda = proc.device.type == "cuda"
+    device, on_cuda = proc.device, proc.device.type == "cuda"
     use_bf16 = on_cuda if args.bf16 is None else args.bf16
     use_compile = on_cuda if args.compile is None else args.compile
     use_gan = args.use_pixel_decoder and args.gan_weight > 0
@@ -401,35 +379,30 @@ def main() -> None:
     # 2. Frozen models.
     encoder = create_autoencoder(
         EncoderConfig(args.encoder_type, args.encoder_weights, patch_size=args.pixel_patch)
-    ).to(proc.device)
+    ).to(device)
     if args.num_frames % encoder.temporal_stride:
         raise InputError(f"num_frames {args.num_frames}: {args.encoder_type} takes frames in pairs")
-    lpips = load_lpips(proc.device) if use_lpips else None
+    lpips = load_lpips(device) if use_lpips else None
 
     # 3. Data: frames, cached features, or both.
     config = choose_clips(args, proc, num_history=0)
-    latents = None
-    if args.cache_latents:
-        if encoder.temporal_stride > 1:
-            raise InputError("cache_latents: these features depend on the clip; leave the flag out")
-        name = f"{encoder.fingerprint}-{args.image_size}"
-        data.write_latent_cache(config, "train", name, encoder.encode, (proc.rank, proc.world))
-        proc.meet()
-        latents = EpisodeDataset(config, "train", name)
     train_set, test_set = EpisodeDataset(config, "train"), EpisodeDataset(config, "test")
-    clips = Clips(train_set if args.use_pixel_decoder or latents is None else None, latents)
+    served = {"frames": train_set} if args.use_pixel_decoder or not args.cache_latents else {}
+    if args.cache_latents:
+        name = f"{encoder.fingerprint}-{args.image_size}"
+        data.fill_cache(config, proc, name, encoder.encode, encoder.temporal_stride)
+        served["z"] = EpisodeDataset(config, "train", name)
 
-    def look(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def look(batch: dict[str, Clip]) -> tuple[Tensor, Tensor | None]:
         """Return features and frames, views folded: (B V, T, h, w, D), (B V, T, H, W, 3)."""
-        moved = {n: x.to(proc.device, non_blocking=True).flatten(0, 1) for n, x in batch.items()}
-        frames = moved.get("frames")
-        return moved["z"] if "z" in moved else encoder.encode(frames), frames
+        x = {n: c.frames.to(device, non_blocking=True).flatten(0, -5) for n, c in batch.items()}
+        frames = x.get("frames")
+        return x["z"] if "z" in x else encoder.encode(frames), frames
 
     def some(dataset: EpisodeDataset) -> Iterable[tuple[Tensor, Tensor]]:
         """Go through this process's share of `val_clips` clips, one at a time."""
-        whole = Clips(dataset, None)
         for n in range(max(args.val_clips, proc.world))[proc.rank :: proc.world]:
-            yield look(default_collate([whole[divmod(n, len(dataset))]]))
+            yield look({"frames": default_collate([dataset[divmod(n, len(dataset))]])})
 
     # 4. The trained model.
     adapter, pixel_decoder = create_adapter(args.adapter, encoder.latent_dim), None
@@ -446,7 +419,7 @@ def main() -> None:
         pixel_decoder = PixelDecoder(
             args.pixel_decoder_config(adapter.latent_dim, encoder.temporal_stride == 2)
         )
-    model = Autoencoder(adapter, pixel_decoder, args.stage == "psvae").to(proc.device)
+    model = Autoencoder(adapter, pixel_decoder, args.stage == "psvae").to(device)
     mean, axes, variances = fit_pca(some(train_set), proc)
     pca = mean, axes[:, : adapter.latent_dim]
     if args.adapter.adapter_pca:
@@ -464,10 +437,10 @@ def main() -> None:
     net, parts = wrap(model, proc, use_compile), {"model": model, "optimizer": optimizer}
     if use_gan:
         critic = nn.SyncBatchNorm.convert_sync_batchnorm(Critic()) if proc.world > 1 else Critic()
-        judge = wrap(critic.to(proc.device), proc)
+        judge = wrap(critic.to(device), proc)
         slow = torch.optim.AdamW(critic.parameters(), lr=4e-5, betas=(0.0, 0.99), fused=True)
         parts |= {"critic": critic, "critic_optimizer": slow}
-    autocast = torch.autocast(proc.device.type, torch.bfloat16, enabled=use_bf16)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
     clip = functools.partial(torch.nn.utils.clip_grad_norm_, max_norm=args.clip_grad, foreach=True)
 
     # 6. The run folder: a new one, or one to go on with.
@@ -478,7 +451,7 @@ def main() -> None:
     run.say(f"{' + '.join(f'{size:.2f}' for size in sizes)} M parameters")
 
     # 7. The loop, with one extra turn for the last validation and save.
-    batches = run.batches(clips)
+    batches = run.batches(StackDataset(**served))
     while True:
         stopped = proc.any(bool(run.signals))
         if run.due(args.val_every) and not stopped:
@@ -492,7 +465,7 @@ def main() -> None:
             break
 
         lr, seen = lr_at(run.step, args, run.epoch_steps), run.step * run.global_batch
-        for group, flags in zip(optimizer.param_groups, groups, strict=True):  # resumed, asked for
+        for group, flags in zip(optimizer.param_groups, groups, strict=True):  # not a checkpoint's
             group["lr"], group["weight_decay"] = lr * flags["scale"], args.weight_decay
         warm = args.kl_warmup * args.num_epochs * run.epoch_steps
         kl_weight = args.kl_weight * min(1.0, run.step / max(1.0, warm))
@@ -505,12 +478,12 @@ def main() -> None:
                 out = net(z, eps)
             judged = lpips if seen >= args.lpips_start else None
             terms, painted = compare(out, z, frames, args, kl_weight, judged), out[3]
+            loss = sum(weight * value for weight, value in terms.values())
             if use_gan and seen >= args.gan_start:
                 critic.requires_grad_(False)
-                gan, last_layer = -critic.judge(painted).mean(), pixel_decoder.conv_out.weight
-                share = balance(weigh(terms, PIXEL_TERMS), gan, last_layer, proc)
-                terms["gan"] = (args.gan_weight * share, gan)
-            loss = weigh(terms)
+                gan = -critic.judge(painted).mean()
+                share = args.gan_weight * balance(loss, gan, pixel_decoder.conv_out.weight, proc)
+                terms["gan"], loss = (share, gan), loss + share * gan
             (loss / args.grad_accum).backward()
             if "gan" in terms:
                 critic.requires_grad_(True)

@@ -353,8 +353,7 @@ def main() -> None:
     config = choose_clips(args, proc)
     latents = space.fingerprint if args.cache_latents or args.cache_only else None
     if latents:
-        data.write_latent_cache(config, "train", latents, space.features, (proc.rank, proc.world))
-        proc.meet()
+        data.fill_cache(config, proc, latents, space.features, space.temporal_stride)
         if args.cache_only:
             return
     train_set = EpisodeDataset(config, "train", latents)

@@ -1,5 +1,6 @@
 """Training: the run folder, resuming, several processes, bad input. World model: what a run wrote."""
 
+import contextlib
 import csv
 import ctypes
 import gc
@@ -345,6 +346,35 @@ def test_two_processes_and_accumulation_equal_one_process(episodes, tmp_path):
     scores = [[float(r["psnr_model"]) for r in rows(tmp_path / n) if r["psnr_model"]] for n in
               ("one", "two")]  # fmt: skip
     assert scores[0][-1] == pytest.approx(scores[1][-1], abs=1e-2)
+
+
+def test_latents_of_frame_pairs_are_not_cached(episodes):
+    config = DataConfig(str(episodes), "mini", num_frames=2, num_history=1, stride=1)
+    proc = data.Processes(0, 1, 0, torch.device("cpu"))
+    with pytest.raises(InputError, match="cache_latents: these features depend on the clip"):
+        data.fill_cache(config, proc, "pairs", lambda frames: frames[:, ::2], stride=2)
+
+
+def test_only_the_last_micro_step_exchanges_gradients_and_all_draw_the_same():
+    held, seen = [], []
+
+    class Net:
+        @contextlib.contextmanager
+        def no_sync(self):
+            held.append(True)
+            yield
+            held.pop()
+
+    args, proc = SimpleNamespace(grad_accum=3, seed=0), data.Processes(1, 2, 1, torch.device("cpu"))
+    run = SimpleNamespace(args=args, proc=proc, step=5, generator=torch.Generator())
+    for batch, (generator, shard) in data.Run.micro_steps(run, Net(), iter("abc")):
+        seen.append((batch, shard, bool(held), torch.rand((), generator=generator).item()))
+    assert [entry[:3] for entry in seen] == [
+        ("a", (1, 6), True),
+        ("b", (3, 6), True),
+        ("c", (5, 6), False),
+    ]
+    assert len({drawn for *_, drawn in seen}) == 1 and not held
 
 
 def fail_on_rank_1(module):
