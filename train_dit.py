@@ -118,6 +118,8 @@ class Args:
         for name in counts.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if self.num_history >= self.num_frames:
+            raise ValueError("num_history must be below num_frames")
         if (self.adapter_type == "identity") != (self.adapter_checkpoint_path is None):
             raise ValueError(
                 "adapter_type mlp or svae and adapter_checkpoint_path belong together: give both"
