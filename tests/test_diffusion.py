@@ -221,6 +221,23 @@ def test_a_clip_that_does_not_fit_is_refused(objective):
 # -- rollout
 
 
+@BOTH
+def test_every_step_of_an_oracle_stays_on_its_path(objective):
+    z, eps = torch.randn(2, 3, 1, 4, 4, 6)
+
+    def on_path(level):
+        """Give the noised latent and its velocity, by the formulas of the papers."""
+        if isinstance(objective, FlowMatching):
+            return (1 - level) * z + level * eps, eps - z
+        a = torch.tensor(1.0) if level < 0 else alphas_cumprod()[round(1000 * level)]
+        return a.sqrt() * z + (1 - a).sqrt() * eps, a.sqrt() * eps - (1 - a).sqrt() * z
+
+    levels = objective.levels()
+    for k in range(objective.steps):
+        z_next = objective.step(*on_path(levels[k]), k)
+        torch.testing.assert_close(z_next, on_path(levels[k + 1])[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 10, 33])
 def test_an_oracle_velocity_lands_on_the_data(steps):
     target, noise = torch.randn(2, 5, 3, 3, 4), torch.randn(2, 3, 3, 3, 4)
