@@ -81,30 +81,27 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def show_flags(cls: type, given: Any) -> None:
-    """Print each flag under its group's name: its value and its comment in the source."""
-    missing, fields = dataclasses.MISSING, dataclasses.fields(cls)
-    values = {f.name: f.default for f in fields}
-    values |= {f.name: f.default_factory() for f in fields if f.default_factory is not missing}
-    values |= vars(given) if given else {}
+def show_flags(config: Any) -> None:
+    """Print a config's flags by group; for each its value and its comment in the source."""
+    cls = config if isinstance(config, type) else type(config)
     bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
     for line in "".join(map(getsource, bases)).splitlines():
-        field = re.fullmatch(r"    (\w+): (.*?)(?: = .*?)?(?:  # (.*))?", line)
         if line.startswith("    # -- "):
             print(f"\n{line[9:]}")
-        if not field or field[1] not in values:
+        found = re.fullmatch(r"    (\w+): (.*?)(?: = .*?)?(?:  # (.*))?", line)
+        if not found or found[1] not in cls.__dataclass_fields__:
             continue
-        name, kind, comment = field.groups()
-        value = values[name]
+        name, kind, comment = found.groups()
+        value = getattr(config, name, cls.__dataclass_fields__[name].default_factory)
         if dataclasses.is_dataclass(value):  # nested
-            show_flags(type(value), value)
+            show_flags(value)
             continue
+        value = "(must be given)" if value is dataclasses.MISSING else value
+        flag = f"  --{name} {'' if value in (None, '', ()) else value}"
         if choices := re.findall(r"[\"'](\w+)[\"']", kind):
             comment += f" ({' | '.join(choices)})"
-        value = "(must be given)" if value is missing else value
-        flag = f"  --{name} {'' if value in (None, '', ()) else value}"
-        lines = textwrap.wrap(comment, max(30, shutil.get_terminal_size().columns - 42))
-        print(f"{flag:41}", f"\n{'':42}".join(["", *lines] if len(flag) > 41 else lines))
+        width = max(80, shutil.get_terminal_size().columns)
+        print(textwrap.fill(f"{flag:41} {comment}", width, subsequent_indent=" " * 42))
 
 
 def parse_args(cls: type, toy: Any = None, default: Any = None) -> Any:
@@ -117,7 +114,7 @@ def parse_args(cls: type, toy: Any = None, default: Any = None) -> Any:
     if {"-h", "--help"} & {*words}:
         about = getdoc(cls)  # of a dataclass without its own: its signature
         print(about if about.endswith(".") else getdoc(sys.modules[cls.__module__]))
-        show_flags(cls, default)
+        show_flags(default or cls)
         sys.exit(0)
     flags = (tyro.conf.FlagConversionOff,)
     return tyro.cli(cls, args=words, default=default, use_underscores=True, config=flags)
@@ -571,38 +568,31 @@ def unpack_example(example: dict, source: Source) -> tuple[list, np.ndarray, dic
     return [*frames.values()], np.stack([raw_action(step["action"]) for step in steps]), metadata
 
 
-CASTAGNOLI = np.uint32(0x82F63B78)  # the polynomial, reflected
+FOUR_ZEROS = np.arange(256, dtype=np.uint32) << np.array([[0], [8], [16], [24]], np.uint32)
+for _ in range(32):  # what four zero bytes do to each byte of a CRC's state, bit by bit
+    FOUR_ZEROS = FOUR_ZEROS >> 1 ^ (FOUR_ZEROS & 1) * np.uint32(0x82F63B78)
 
 
-@functools.cache
-def crc_table() -> np.ndarray:
-    """Tabulate (512, 256) what a byte does to a CRC state, with 511 ... 0 zero bytes behind it."""
-    byte = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        byte = (byte >> 1) ^ (byte & 1) * CASTAGNOLI
-    rows = [byte]
-    for _ in range(511):
-        rows.append(byte[rows[-1] & 255] ^ rows[-1] >> 8)
-    return np.stack(rows[::-1])
+def pass_zeros(states: np.ndarray, zeros: np.ndarray) -> np.ndarray:
+    """Return CRC states behind as many zero bytes as the table `zeros` (4, 256) stands for."""
+    a, b, c, d = np.moveaxis(states[..., None].view(np.uint8), -1, 0)
+    return zeros[0].take(a) ^ zeros[1].take(b) ^ zeros[2].take(c) ^ zeros[3].take(d)
 
 
 def masked_crc32c(message: bytes) -> int:
-    """Compute TFRecord's checksum, 512 bytes at a time, which NumPy looks up together.
+    """Compute TFRecord's checksum: neighbours are joined in pairs, all pairs at once.
 
-    The state is linear: it is the sum of what every byte does to it; leading zeros do nothing, the
-    state itself acts as the next four bytes, and those put first here lead to the start state
-    0xFFFFFFFF.                                                                [RFC 3720, B.4]
+    The state is linear: that of "ab" is b's plus what len(b) zeros make of a's, byte by byte; a
+    table passed through itself stands for twice its zeros. Leading zeros do nothing, and the four
+    bytes put first lead to the start state 0xFFFFFFFF.                        [RFC 3720, B.4]
     """
-    table, message = crc_table(), np.frombuffer(b"\x54\x64\x1f\x64" + message, np.uint8)
-    blocks = np.zeros((-(-len(message) // 512), 512), np.uint8)
-    blocks.ravel()[-len(message) :] = message
-    (a, b, c, d), state = table[:4].tolist(), 0
-    for part in np.array_split(blocks, -(-len(blocks) // 256)):  # 128 KB: fits the cache
-        known = table.ravel().take(part + np.arange(0, table.size, 256))
-        for own in np.bitwise_xor.reduce(known, axis=1).tolist():
-            state = a[state & 255] ^ b[state >> 8 & 255] ^ c[state >> 16 & 255] ^ d[state >> 24]
-            state ^= own
-    crc = state ^ 0xFFFFFFFF
+    words = np.frombuffer(bytes(-len(message) % 4) + b"\x54\x64\x1f\x64" + message, np.uint32)
+    zeros = FOUR_ZEROS
+    while len(words) > 1:
+        words = np.append(np.zeros(len(words) % 2, np.uint32), words)
+        words = pass_zeros(words[::2], zeros) ^ words[1::2]
+        zeros = pass_zeros(zeros, zeros)
+    crc = int(pass_zeros(words, FOUR_ZEROS)[0]) ^ 0xFFFFFFFF
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
