@@ -638,10 +638,9 @@ def read_shard(path: Path, source: Source, rlds: tuple[Any, Any], check: bool) -
         while (at := file.tell()) < size:
             header = file.read(12)
             length = int.from_bytes(header[:8], "little")
-            if masked_crc32c(header[:8]).to_bytes(4, "little") != header[8:]:
-                return (yield broken("has a damaged length"))
-            if at + length + 16 > size:
-                return (yield broken("is cut off"))
+            sound = masked_crc32c(header[:8]).to_bytes(4, "little") == header[8:]
+            if not sound or at + length + 16 > size:
+                return (yield broken("is cut off" if sound else "has a damaged length"))
             payload, crc = file.read(length), int.from_bytes(file.read(4), "little")
             if check and masked_crc32c(payload) != crc:
                 yield broken("has a wrong checksum")
@@ -1123,6 +1122,7 @@ class Shard(NamedTuple):
     target: str  # train, test, or "": each episode by a hash
     first: int  # number of its first episode
     count: int  # episodes that it should hold
+    size: int = 0  # bytes, as far as known before it is read
 
 
 def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tries=8, pause=1.0):
@@ -1161,32 +1161,30 @@ def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tr
             time.sleep(min(60.0, pause * 2**failures))
 
 
-def list_shards(info: Any, base: Path, local: bool, args: Args) -> tuple[list[Shard], int]:
-    """Name the RLDS shards to convert, and their bytes in all, as tfds' `info` lists them.
+def list_shards(info: Any, base: Path, local: bool, args: Args) -> list[Shard]:
+    """Name the RLDS shards to convert, as tfds' `info` lists them.
 
     On disk a file's prefix need not be the data set's name, and shards may be missing.
     """
     files = [path.name for path in base.iterdir()] if local else []
     found = {re.sub(r".+(-[\w.]+-\d{5}-of-\d{5})", r"\1", file): file for file in files}
     wanted = {split.strip() for split in args.splits.split(",")} - {""}
-    hashed, shards, first, size = "test" not in map(TARGETS.get, info.splits), [], 0, 0
+    hashed, shards, first = "test" not in map(TARGETS.get, info.splits), [], 0
     for name, split in info.splits.items():
         target, here = TARGETS.get(name, ""), []
         counts = zip(split.filenames, split.shard_lengths, strict=True)
         for i, (file, count) in enumerate(counts):
             if not re.fullmatch(r"[\w.-]+", file):
                 raise InputError(f"{base}: {file!r} is no name of a shard; fetch the list again")
-            file = found.get(file[len(info.name) :]) if local else file
-            if file:
-                here.append(Shard(file, "" if hashed else target, first + 10_000 * i, count))
+            if file := found.get(file[len(info.name) :]) if local else file:
+                place, size = first + 10_000 * i, split.num_bytes // split.num_shards
+                here.append(Shard(file, "" if hashed else target, place, count, size))
         first += 10_000 * split.num_shards  # room for a shard's episodes, a few hundred
         if not wanted or wanted & {name, target}:
             if missing := split.num_shards - len(here):
                 print(f"{base}: {missing} of {split.num_shards} shards of {name} are not here")
-            here = here[: args.max_shards or None]
-            shards += here
-            size += split.num_bytes * len(here) // max(1, split.num_shards)
-    return shards, size
+            shards += here[: args.max_shards or None]
+    return shards
 
 
 def list_own(root: Path, taken: int) -> list[Shard]:
@@ -1205,7 +1203,7 @@ def list_own(root: Path, taken: int) -> list[Shard]:
 
 
 def open_source(args: Args, folder: Path, taken: int) -> tuple:
-    """Find what to convert: (source, folder of the shards, URL or "", shards, bytes, reader)."""
+    """Find what to convert: (source, folder of the shards, URL or "", shards, reader)."""
     public, names = SOURCES.get(args.dataset_name), ", ".join(SOURCES)
     where = args.source or (public.url if public else "")
     url = where if re.match("(https?|gs)://", where) else ""
@@ -1224,15 +1222,15 @@ def open_source(args: Args, folder: Path, taken: int) -> tuple:
         if len(found) > 1:
             raise InputError(f"{where}: {len(found)} data sets ({found[0]}, ...); name one of them")
         if not found:
-            shards = list_own(Path(where), taken)
-            return Source("", None, "", "raw", 5.0, ""), Path(where), "", shards, 0, read_own
+            own = Source("", None, "", "raw", 5.0, "")
+            return own, Path(where), "", list_own(Path(where), taken), read_own
         base = found[0].parent
     if not public:
         raise InputError(f"{where}: RLDS data; say which with --dataset_name: {names}")
     rlds = load_rlds(base, public)
     read = functools.partial(read_shard, source=public, rlds=rlds, check=args.check_crc)
     with reading(base / "dataset_info.json", "fetch it again", Exception):  # of tfds
-        return public, base, url, *list_shards(rlds[0], base, not url, args), read
+        return public, base, url, list_shards(rlds[0], base, not url, args), read
 
 
 def convert_shard(episodes: Iterable[Any], shard: Shard, folder: Path, header: dict, skip: bool):
@@ -1240,33 +1238,29 @@ def convert_shard(episodes: Iterable[Any], shard: Shard, folder: Path, header: d
 
     Raises InputError at a bad episode, with nothing of the shard left, unless `skip` lists it.
     """
-    record, files, i = {"shard": shard.name, "episodes": {}, "errors": []}, [], -1
+    record = {"shard": shard.name, "episodes": {}, "errors": []}
     wrong = InputError(f"there should be {shard.count} episodes; fetch the shard again")
-    try:
-        for i, episode in enumerate(itertools.chain(episodes, [None])):
+    with contextlib.ExitStack() as undo:
+        for i, (episode, due) in enumerate(itertools.zip_longest(episodes, range(shard.count))):
             try:
-                if episode is None and i == shard.count:
-                    return record
-                if not isinstance(episode, tuple):
-                    raise episode or wrong
+                if due is None or not isinstance(episode, tuple):
+                    raise episode if isinstance(episode, InputError) else wrong
                 frames, raw, about = episode
                 name = about.pop("file", "") or f"{shard.name}/{i}"
                 hashed = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
                 split = shard.target or ("test" if hashed else "train")
-                files.append(folder / split / f"{shard.first + i:09d}.safetensors")
+                path = folder / split / f"{shard.first + i:09d}.safetensors"
+                undo.callback(path.unlink, missing_ok=True)
                 about = {"fps": header["fps"], "source": f"{shard.name}/{i}", **about}
                 actions = map_actions(raw, header["action_mapping"])
-                entry = write_episode(files[-1], frames, actions, about, header["image_size"])
+                entry = write_episode(path, frames, actions, about, header["image_size"])
                 record["episodes"].setdefault(split, []).append(entry)
             except InputError as error:
                 message = f"{shard.name}, episode {i}: {error}"
                 if not skip:
                     raise InputError(f"{message} (to leave it out: --on_error skip)") from error
                 record["errors"].append(message)
-    except BaseException:
-        for path in files:
-            path.unlink(missing_ok=True)
-        raise
+        undo.pop_all()
     return record
 
 
@@ -1288,7 +1282,7 @@ def convert(args: Args) -> None:
     with contextlib.suppress(MissingFileError):
         before, records, splits = read_index(folder)
     taken = 1 + max((entry["number"] for split in splits.values() for entry in split), default=-1)
-    source, base, url, shards, size, read = open_source(args, folder, taken)
+    source, base, url, shards, read = open_source(args, folder, taken)
     header = {"dataset": args.dataset_name, "fps": args.fps or source.fps}
     header["action_mapping"] = args.action_mapping or source.mapping
     header["image_size"] = args.image_size
@@ -1301,6 +1295,11 @@ def convert(args: Args) -> None:
         append_index(folder, header)
     for path in folder.glob("*/.*.tmp"):  # of a run that was killed
         path.unlink()
+
+    start, done, finished = time.time(), 0, {record["shard"] for record in records}
+    todo = [shard for shard in shards if shard.name not in finished]
+    total = sum(shard.size for shard in todo) or None
+    bar = tqdm(desc=folder.name, total=total, unit="B", unit_scale=True, disable=None)
 
     def progress(count: int) -> None:
         if stop.is_set():
@@ -1321,12 +1320,9 @@ def convert(args: Args) -> None:
         path.unlink() if url else progress(record["bytes"])
         return record
 
-    start, done, finished = time.time(), 0, {record["shard"] for record in records}
-    options = {"total": size or None, "unit": "B", "unit_scale": True, "disable": None}
-    with ThreadPoolExecutor(args.num_workers) as pool, tqdm(desc=folder.name, **options) as bar:
+    with ThreadPoolExecutor(args.num_workers) as pool, bar:
         try:
-            jobs = [pool.submit(job, shard) for shard in shards if shard.name not in finished]
-            for ready in as_completed(jobs):
+            for ready in as_completed([pool.submit(job, shard) for shard in todo]):
                 append_index(folder, record := ready.result())
                 done += record["bytes"] / 1e6
         finally:
@@ -1514,8 +1510,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         if len(episode) != info["length"]:
             raise InputError(f"{episode.path}: {len(episode)} frames, not as indexed; {REMEDY}")
         if self.latents is None:
-            frames = episode.frames(times, config.views, config.image_size)
-            frames = to_floats(frames)
+            frames = to_floats(episode.frames(times, config.views, config.image_size))
         else:
             frames = self.read_latents(episode, times)
         actions = torch.from_numpy(merge_actions(episode.actions, times, config.action_merge))
