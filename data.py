@@ -1132,8 +1132,9 @@ def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tr
     """
     part, furthest, failures = path.with_name(path.name + ".part"), 0, 0
     url = re.sub("^gs://", "https://storage.googleapis.com/", url)
+    part.touch()
     while True:
-        have = part.stat().st_size if part.exists() else 0
+        have = part.stat().st_size
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         try:
             with urllib.request.urlopen(request, timeout=timeout) as reply, open(part, "ab") as out:
@@ -1153,8 +1154,8 @@ def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tr
             if code < 500 and code not in (408, 416, 429):
                 raise InputError(f"{url}: the server says {error}; check --source") from error
             if code == 416:  # more is here than the server has: begin again
-                part.unlink(missing_ok=True)
-            arrived = part.stat().st_size if part.exists() else 0
+                os.truncate(part, 0)
+            arrived = part.stat().st_size
             failures, furthest = 0 if arrived > furthest else failures + 1, max(furthest, arrived)
             if failures >= tries:
                 raise InputError(f"{url}: {error!r}; run the same command later") from error
@@ -1453,7 +1454,6 @@ class EpisodeDataset(torch.utils.data.Dataset):
 
     def __init__(self, config: DataConfig, split: str, latents: str | None = None):
         self.config, self.split, self.latents = config, split, latents
-        self.variable = config.variable_history and split == "train"
         span = (config.num_frames - 1) * (config.stride if config.sampling == "stride" else 1)
         self.dropped, self.sizes = {"missing view": 0, "too short": 0}, []
         self.entries, headers = [], []
@@ -1497,7 +1497,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         length, rng = entry["length"], np.random.default_rng((config.seed, draw, i))
         if config.sampling != "stride":
             times = probe_frames(length, config.num_frames, config.sampling, self.fps)
-        elif self.variable:
+        elif config.variable_history and self.split == "train":
             times = draw_frames(length, config, rng)
         else:
             times = config.stride * np.arange(config.num_frames)
@@ -1551,8 +1551,8 @@ def write_latent_cache(
             episode, z = Episode(source), []
             for view, t in itertools.product(config.views, range(0, len(episode), 32)):
                 times = range(t, min(t + 32, len(episode)))
-                frames = episode.frames(times, [view], config.image_size)
-                z.append(encode(to_floats(frames))[0].bfloat16().cpu())
+                frames = to_floats(episode.frames(times, [view], config.image_size))
+                z.append(encode(frames)[0].bfloat16().cpu())
             z = torch.cat(z).unflatten(0, (len(config.views), len(episode)))
             made_of = {"fingerprint": latents, "jpeg_bytes": int(episode.offsets[-1])}
             save_tensors(path, {"z": z}, made_of)
