@@ -82,30 +82,27 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def show_flags(cls: type, given: Any) -> None:
-    """Print each flag under its group's name: its value and its comment in the source."""
-    missing, fields = dataclasses.MISSING, dataclasses.fields(cls)
-    values = {f.name: f.default for f in fields}
-    values |= {f.name: f.default_factory() for f in fields if f.default_factory is not missing}
-    values |= vars(given) if given else {}
+def show_flags(config: Any) -> None:
+    """Print a config's flags by group; for each its value and its comment in the source."""
+    cls = config if isinstance(config, type) else type(config)
     bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
     for line in "".join(map(getsource, bases)).splitlines():
-        field = re.fullmatch(r"    (\w+): (.*?)(?: = .*?)?(?:  # (.*))?", line)
         if line.startswith("    # -- "):
             print(f"\n{line[9:]}")
-        if not field or field[1] not in values:
+        found = re.fullmatch(r"    (\w+): (.*?)(?: = .*?)?(?:  # (.*))?", line)
+        if not found or found[1] not in cls.__dataclass_fields__:
             continue
-        name, kind, comment = field.groups()
-        value = values[name]
+        name, kind, comment = found.groups()
+        value = getattr(config, name, cls.__dataclass_fields__[name].default_factory)
         if dataclasses.is_dataclass(value):  # nested
-            show_flags(type(value), value)
+            show_flags(value)
             continue
+        value = "(must be given)" if value is dataclasses.MISSING else value
+        flag = f"  --{name} {'' if value in (None, '', ()) else value}"
         if choices := re.findall(r"[\"'](\w+)[\"']", kind):
             comment += f" ({' | '.join(choices)})"
-        value = "(must be given)" if value is missing else value
-        flag = f"  --{name} {'' if value in (None, '', ()) else value}"
-        lines = textwrap.wrap(comment, max(30, shutil.get_terminal_size().columns - 42))
-        print(f"{flag:41}", f"\n{'':42}".join(["", *lines] if len(flag) > 41 else lines))
+        width = max(80, shutil.get_terminal_size().columns)
+        print(textwrap.fill(f"{flag:41} {comment}", width, subsequent_indent=" " * 42))
 
 
 def parse_args(cls: type, toy: Any = None, default: Any = None) -> Any:
@@ -118,7 +115,7 @@ def parse_args(cls: type, toy: Any = None, default: Any = None) -> Any:
     if {"-h", "--help"} & {*words}:
         about = getdoc(cls)  # of a dataclass without its own: its signature
         print(about if about.endswith(".") else getdoc(sys.modules[cls.__module__]))
-        show_flags(cls, default)
+        show_flags(default or cls)
         sys.exit(0)
     flags = (tyro.conf.FlagConversionOff,)
     return tyro.cli(cls, args=words, default=default, use_underscores=True, config=flags)
@@ -572,38 +569,31 @@ def unpack_example(example: dict, source: Source) -> tuple[list, np.ndarray, dic
     return [*frames.values()], np.stack([raw_action(step["action"]) for step in steps]), metadata
 
 
-CASTAGNOLI = np.uint32(0x82F63B78)  # the polynomial, reflected
+FOUR_ZEROS = np.arange(256, dtype=np.uint32) << np.array([[0], [8], [16], [24]], np.uint32)
+for _ in range(32):  # what four zero bytes do to each byte of a CRC's state, bit by bit
+    FOUR_ZEROS = FOUR_ZEROS >> 1 ^ (FOUR_ZEROS & 1) * np.uint32(0x82F63B78)
 
 
-@functools.cache
-def crc_table() -> np.ndarray:
-    """Tabulate (512, 256) what a byte does to a CRC state, with 511 ... 0 zero bytes behind it."""
-    byte = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        byte = (byte >> 1) ^ (byte & 1) * CASTAGNOLI
-    rows = [byte]
-    for _ in range(511):
-        rows.append(byte[rows[-1] & 255] ^ rows[-1] >> 8)
-    return np.stack(rows[::-1])
+def pass_zeros(states: np.ndarray, zeros: np.ndarray) -> np.ndarray:
+    """Return CRC states behind as many zero bytes as the table `zeros` (4, 256) stands for."""
+    a, b, c, d = np.moveaxis(states[..., None].view(np.uint8), -1, 0)
+    return zeros[0].take(a) ^ zeros[1].take(b) ^ zeros[2].take(c) ^ zeros[3].take(d)
 
 
 def masked_crc32c(message: bytes) -> int:
-    """Compute TFRecord's checksum, 512 bytes at a time, which NumPy looks up together.
+    """Compute TFRecord's checksum: neighbours are joined in pairs, all pairs at once.
 
-    The state is linear: it is the sum of what every byte does to it; leading zeros do nothing, the
-    state itself acts as the next four bytes, and those put first here lead to the start state
-    0xFFFFFFFF.                                                                [RFC 3720, B.4]
+    The state is linear: that of "ab" is b's plus what len(b) zeros make of a's, byte by byte; a
+    table passed through itself stands for twice its zeros. Leading zeros do nothing, and the four
+    bytes put first lead to the start state 0xFFFFFFFF.                        [RFC 3720, B.4]
     """
-    table, message = crc_table(), np.frombuffer(b"\x54\x64\x1f\x64" + message, np.uint8)
-    blocks = np.zeros((-(-len(message) // 512), 512), np.uint8)
-    blocks.ravel()[-len(message) :] = message
-    (a, b, c, d), state = table[:4].tolist(), 0
-    for part in np.array_split(blocks, -(-len(blocks) // 256)):  # 128 KB: fits the cache
-        known = table.ravel().take(part + np.arange(0, table.size, 256))
-        for own in np.bitwise_xor.reduce(known, axis=1).tolist():
-            state = a[state & 255] ^ b[state >> 8 & 255] ^ c[state >> 16 & 255] ^ d[state >> 24]
-            state ^= own
-    crc = state ^ 0xFFFFFFFF
+    words = np.frombuffer(bytes(-len(message) % 4) + b"\x54\x64\x1f\x64" + message, np.uint32)
+    zeros = FOUR_ZEROS
+    while len(words) > 1:
+        words = np.append(np.zeros(len(words) % 2, np.uint32), words)
+        words = pass_zeros(words[::2], zeros) ^ words[1::2]
+        zeros = pass_zeros(zeros, zeros)
+    crc = int(pass_zeros(words, FOUR_ZEROS)[0]) ^ 0xFFFFFFFF
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -649,10 +639,9 @@ def read_shard(path: Path, source: Source, rlds: tuple[Any, Any], check: bool) -
         while (at := file.tell()) < size:
             header = file.read(12)
             length = int.from_bytes(header[:8], "little")
-            if masked_crc32c(header[:8]).to_bytes(4, "little") != header[8:]:
-                return (yield broken("has a damaged length"))
-            if at + length + 16 > size:
-                return (yield broken("is cut off"))
+            sound = masked_crc32c(header[:8]).to_bytes(4, "little") == header[8:]
+            if not sound or at + length + 16 > size:
+                return (yield broken("is cut off" if sound else "has a damaged length"))
             payload, crc = file.read(length), int.from_bytes(file.read(4), "little")
             if check and masked_crc32c(payload) != crc:
                 yield broken("has a wrong checksum")
@@ -1134,6 +1123,7 @@ class Shard(NamedTuple):
     target: str  # train, test, or "": each episode by a hash
     first: int  # number of its first episode
     count: int  # episodes that it should hold
+    size: int = 0  # bytes, as far as known before it is read
 
 
 def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tries=8, pause=1.0):
@@ -1143,8 +1133,9 @@ def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tr
     """
     part, furthest, failures = path.with_name(path.name + ".part"), 0, 0
     url = re.sub("^gs://", "https://storage.googleapis.com/", url)
+    part.touch()
     while True:
-        have = part.stat().st_size if part.exists() else 0
+        have = part.stat().st_size
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         try:
             with urllib.request.urlopen(request, timeout=timeout) as reply, open(part, "ab") as out:
@@ -1164,40 +1155,38 @@ def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tr
             if code < 500 and code not in (408, 416, 429):
                 raise InputError(f"{url}: the server says {error}; check --source") from error
             if code == 416:  # more is here than the server has: begin again
-                part.unlink(missing_ok=True)
-            arrived = part.stat().st_size if part.exists() else 0
+                os.truncate(part, 0)
+            arrived = part.stat().st_size
             failures, furthest = 0 if arrived > furthest else failures + 1, max(furthest, arrived)
             if failures >= tries:
                 raise InputError(f"{url}: {error!r}; run the same command later") from error
             time.sleep(min(60.0, pause * 2**failures))
 
 
-def list_shards(info: Any, base: Path, local: bool, args: Args) -> tuple[list[Shard], int]:
-    """Name the RLDS shards to convert, and their bytes in all, as tfds' `info` lists them.
+def list_shards(info: Any, base: Path, local: bool, args: Args) -> list[Shard]:
+    """Name the RLDS shards to convert, as tfds' `info` lists them.
 
     On disk a file's prefix need not be the data set's name, and shards may be missing.
     """
     files = [path.name for path in base.iterdir()] if local else []
     found = {re.sub(r".+(-[\w.]+-\d{5}-of-\d{5})", r"\1", file): file for file in files}
     wanted = {split.strip() for split in args.splits.split(",")} - {""}
-    hashed, shards, first, size = "test" not in map(TARGETS.get, info.splits), [], 0, 0
+    hashed, shards, first = "test" not in map(TARGETS.get, info.splits), [], 0
     for name, split in info.splits.items():
         target, here = TARGETS.get(name, ""), []
         counts = zip(split.filenames, split.shard_lengths, strict=True)
         for i, (file, count) in enumerate(counts):
             if not re.fullmatch(r"[\w.-]+", file):
                 raise InputError(f"{base}: {file!r} is no name of a shard; fetch the list again")
-            file = found.get(file[len(info.name) :]) if local else file
-            if file:
-                here.append(Shard(file, "" if hashed else target, first + 10_000 * i, count))
+            if file := found.get(file[len(info.name) :]) if local else file:
+                place, size = first + 10_000 * i, split.num_bytes // split.num_shards
+                here.append(Shard(file, "" if hashed else target, place, count, size))
         first += 10_000 * split.num_shards  # room for a shard's episodes, a few hundred
         if not wanted or wanted & {name, target}:
             if missing := split.num_shards - len(here):
                 print(f"{base}: {missing} of {split.num_shards} shards of {name} are not here")
-            here = here[: args.max_shards or None]
-            shards += here
-            size += split.num_bytes * len(here) // max(1, split.num_shards)
-    return shards, size
+            shards += here[: args.max_shards or None]
+    return shards
 
 
 def list_own(root: Path, taken: int) -> list[Shard]:
@@ -1216,7 +1205,7 @@ def list_own(root: Path, taken: int) -> list[Shard]:
 
 
 def open_source(args: Args, folder: Path, taken: int) -> tuple:
-    """Find what to convert: (source, folder of the shards, URL or "", shards, bytes, reader)."""
+    """Find what to convert: (source, folder of the shards, URL or "", shards, reader)."""
     public, names = SOURCES.get(args.dataset_name), ", ".join(SOURCES)
     where = args.source or (public.url if public else "")
     url = where if re.match("(https?|gs)://", where) else ""
@@ -1235,15 +1224,15 @@ def open_source(args: Args, folder: Path, taken: int) -> tuple:
         if len(found) > 1:
             raise InputError(f"{where}: {len(found)} data sets ({found[0]}, ...); name one of them")
         if not found:
-            shards = list_own(Path(where), taken)
-            return Source("", None, "", "raw", 5.0, ""), Path(where), "", shards, 0, read_own
+            own = Source("", None, "", "raw", 5.0, "")
+            return own, Path(where), "", list_own(Path(where), taken), read_own
         base = found[0].parent
     if not public:
         raise InputError(f"{where}: RLDS data; say which with --dataset_name: {names}")
     rlds = load_rlds(base, public)
     read = functools.partial(read_shard, source=public, rlds=rlds, check=args.check_crc)
     with reading(base / "dataset_info.json", "fetch it again", Exception):  # of tfds
-        return public, base, url, *list_shards(rlds[0], base, not url, args), read
+        return public, base, url, list_shards(rlds[0], base, not url, args), read
 
 
 def convert_shard(episodes: Iterable[Any], shard: Shard, folder: Path, header: dict, skip: bool):
@@ -1251,33 +1240,29 @@ def convert_shard(episodes: Iterable[Any], shard: Shard, folder: Path, header: d
 
     Raises InputError at a bad episode, with nothing of the shard left, unless `skip` lists it.
     """
-    record, files, i = {"shard": shard.name, "episodes": {}, "errors": []}, [], -1
+    record = {"shard": shard.name, "episodes": {}, "errors": []}
     wrong = InputError(f"there should be {shard.count} episodes; fetch the shard again")
-    try:
-        for i, episode in enumerate(itertools.chain(episodes, [None])):
+    with contextlib.ExitStack() as undo:
+        for i, (episode, due) in enumerate(itertools.zip_longest(episodes, range(shard.count))):
             try:
-                if episode is None and i == shard.count:
-                    return record
-                if not isinstance(episode, tuple):
-                    raise episode or wrong
+                if due is None or not isinstance(episode, tuple):
+                    raise episode if isinstance(episode, InputError) else wrong
                 frames, raw, about = episode
                 name = about.pop("file", "") or f"{shard.name}/{i}"
                 hashed = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
                 split = shard.target or ("test" if hashed else "train")
-                files.append(folder / split / f"{shard.first + i:09d}.safetensors")
+                path = folder / split / f"{shard.first + i:09d}.safetensors"
+                undo.callback(path.unlink, missing_ok=True)
                 about = {"fps": header["fps"], "source": f"{shard.name}/{i}", **about}
                 actions = map_actions(raw, header["action_mapping"])
-                entry = write_episode(files[-1], frames, actions, about, header["image_size"])
+                entry = write_episode(path, frames, actions, about, header["image_size"])
                 record["episodes"].setdefault(split, []).append(entry)
             except InputError as error:
                 message = f"{shard.name}, episode {i}: {error}"
                 if not skip:
                     raise InputError(f"{message} (to leave it out: --on_error skip)") from error
                 record["errors"].append(message)
-    except BaseException:
-        for path in files:
-            path.unlink(missing_ok=True)
-        raise
+        undo.pop_all()
     return record
 
 
@@ -1299,7 +1284,7 @@ def convert(args: Args) -> None:
     with contextlib.suppress(MissingFileError):
         before, records, splits = read_index(folder)
     taken = 1 + max((entry["number"] for split in splits.values() for entry in split), default=-1)
-    source, base, url, shards, size, read = open_source(args, folder, taken)
+    source, base, url, shards, read = open_source(args, folder, taken)
     header = {"dataset": args.dataset_name, "fps": args.fps or source.fps}
     header["action_mapping"] = args.action_mapping or source.mapping
     header["image_size"] = args.image_size
@@ -1312,6 +1297,11 @@ def convert(args: Args) -> None:
         append_index(folder, header)
     for path in folder.glob("*/.*.tmp"):  # of a run that was killed
         path.unlink()
+
+    start, done, finished = time.time(), 0, {record["shard"] for record in records}
+    todo = [shard for shard in shards if shard.name not in finished]
+    total = sum(shard.size for shard in todo) or None
+    bar = tqdm(desc=folder.name, total=total, unit="B", unit_scale=True, disable=None)
 
     def progress(count: int) -> None:
         if stop.is_set():
@@ -1332,12 +1322,9 @@ def convert(args: Args) -> None:
         path.unlink() if url else progress(record["bytes"])
         return record
 
-    start, done, finished = time.time(), 0, {record["shard"] for record in records}
-    options = {"total": size or None, "unit": "B", "unit_scale": True, "disable": None}
-    with ThreadPoolExecutor(args.num_workers) as pool, tqdm(desc=folder.name, **options) as bar:
+    with ThreadPoolExecutor(args.num_workers) as pool, bar:
         try:
-            jobs = [pool.submit(job, shard) for shard in shards if shard.name not in finished]
-            for ready in as_completed(jobs):
+            for ready in as_completed([pool.submit(job, shard) for shard in todo]):
                 append_index(folder, record := ready.result())
                 done += record["bytes"] / 1e6
         finally:
@@ -1468,7 +1455,6 @@ class EpisodeDataset(torch.utils.data.Dataset):
 
     def __init__(self, config: DataConfig, split: str, latents: str | None = None):
         self.config, self.split, self.latents = config, split, latents
-        self.variable = config.variable_history and split == "train"
         span = (config.num_frames - 1) * (config.stride if config.sampling == "stride" else 1)
         self.dropped, self.sizes = {"missing view": 0, "too short": 0}, []
         self.entries, headers = [], []
@@ -1512,7 +1498,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         length, rng = entry["length"], np.random.default_rng((config.seed, draw, i))
         if config.sampling != "stride":
             times = probe_frames(length, config.num_frames, config.sampling, self.fps)
-        elif self.variable:
+        elif config.variable_history and self.split == "train":
             times = draw_frames(length, config, rng)
         else:
             times = config.stride * np.arange(config.num_frames)
@@ -1525,8 +1511,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         if len(episode) != info["length"]:
             raise InputError(f"{episode.path}: {len(episode)} frames, not as indexed; {REMEDY}")
         if self.latents is None:
-            frames = episode.frames(times, config.views, config.image_size)
-            frames = to_floats(frames)
+            frames = to_floats(episode.frames(times, config.views, config.image_size))
         else:
             frames = self.read_latents(episode, times)
         actions = torch.from_numpy(merge_actions(episode.actions, times, config.action_merge))
@@ -1567,8 +1552,8 @@ def write_latent_cache(
             episode, z = Episode(source), []
             for view, t in itertools.product(config.views, range(0, len(episode), 32)):
                 times = range(t, min(t + 32, len(episode)))
-                frames = episode.frames(times, [view], config.image_size)
-                z.append(encode(to_floats(frames))[0].bfloat16().cpu())
+                frames = to_floats(episode.frames(times, [view], config.image_size))
+                z.append(encode(frames)[0].bfloat16().cpu())
             z = torch.cat(z).unflatten(0, (len(config.views), len(episode)))
             made_of = {"fingerprint": latents, "jpeg_bytes": int(episode.offsets[-1])}
             save_tensors(path, {"z": z}, made_of)

@@ -761,6 +761,7 @@ def test_damaged_shards_stop_or_are_counted(tmp_path, fault, message, left):
     folder = convert(source, tmp_path / "out", on_error="skip")
     assert len(episodes_of(folder)) == left
     errors = data.read_index(folder)[1][0]["errors"]
+    assert len(errors) == 3 - left  # each episode that is not there is counted
     assert message in errors[0] and "robot_data-train.tfrecord-00000-of-00001, episode" in errors[0]
     if fault == "payload":  # unless told not to look
         convert(source, tmp_path / "blind", check_crc=False, on_error="skip")
