@@ -9,7 +9,6 @@ from data import (
     COLOURS,
     EDGE,
     MAX_MOVE,
-    MAX_TURN,
     POLICIES,
     WORKSPACE,
     InputError,
@@ -201,8 +200,8 @@ def test_policies_stay_in_bounds_and_blocks_stay_solid(kind):
         for _ in range(30):
             action, before = next(policy), world.gripper.copy()
             assert action.dtype == np.float32 and action.shape == (7,)
-            assert np.abs(action[:3]).max() <= MAX_MOVE + 1e-6 and abs(action[5]) <= MAX_TURN + 1e-6
-            assert action[6] in (0, 1) and not action[3:5].any()
+            assert np.abs(action[:3]).max() <= MAX_MOVE + 1e-6
+            assert action[6] in (0, 1) and not action[3:6].any()
             target = before + action[:3]
             assert (target >= WORKSPACE[0] - 1e-5).all() and (target <= WORKSPACE[1] + 1e-5).all()
             world.step(action)
