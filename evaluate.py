@@ -981,17 +981,18 @@ class Evaluation:
             raise InputError(f"clips {[*seeds]}: the model dreams NaN or infinity; it has diverged")
         return out
 
-    def native(self, frames: Tensor | None = None, z: Tensor | None = None) -> Tensor:
-        """Give encoder features (B, T, h, V w, C) of real frames, or of dreamed latents z."""
+    def native(self, frames: Tensor) -> Tensor:
+        """Give the encoder's features of real frames: (B, [V,] T, H, W, 3) -> (B, T, h, V w, C)."""
+        x = self.space.encoder.encode(frames)
+        return merge_views(x) if self.space.num_views > 1 else x
+
+    def widen(self, z: Tensor) -> Tensor:
+        """Give the encoder's features that dreamed latents stand for: (B, T, h, V w, C)."""
         space, V = self.space, self.space.num_views
-        if z is None:
-            x = space.encoder.encode(frames)
-        else:
-            z = split_views(z, V).flatten(0, 1) if V > 1 else z
-            z = z if space.mean is None else z * space.std + space.mean
-            x = space.adapter.decode(z).float() if space.adapter else z
-            x = x.unflatten(0, (-1, V)) if V > 1 else x
-        return merge_views(x) if V > 1 else x
+        z = split_views(z, V).flatten(0, 1) if V > 1 else z
+        z = z if space.mean is None else z * space.std + space.mean
+        x = space.adapter.decode(z).float() if space.adapter else z
+        return merge_views(x.unflatten(0, (-1, V))) if V > 1 else x
 
     # -- pixels
 
@@ -1066,32 +1067,27 @@ class Evaluation:
         methods, searches, starts = self.args.searches.split(","), {}, ("", "_zero")
         z = self.space.encode(self.filmed(self.infos[0]))[0]
         for k, method, start in itertools.product(self.horizons, methods, starts):
-            dims = self.dims[: 3 if method == "grid" else None]
-            with self.needing(row := f"{method}_k{k}{start}", InputError):  # many points, long k
-                self.search(0, z, method, k, not start, dims, ["no signal"])  # not the model
-                searches[row] = method, k, not start, dims
+            row, dims = f"{method}_k{k}{start}", self.dims[: 3 if method == "grid" else None]
+            how = method, k, start != "_zero", dims
+            with self.needing(row, InputError):  # too many points, too long for the window
+                self.search(0, z, how, ["no signal"])
+                searches[row] = how
         yield
         samples = self.out.samples
         for i in self.out.share(self.windows, "search"):
             z = self.space.encode(self.filmed(self.infos[i]))[0]
             for row, how in searches.items():
-                for kind, error in self.search(i, z, *how).items():
+                for kind, error in self.search(i, z, how).items():
                     samples["l2", row, kind][i] = error[:, how[-1]]
                     samples["l2", f"{row}_xyz", kind][i] = error[:, :3]
         yield self.out.rows()
 
-    def search(
-        self,
-        i: int,
-        z: Tensor,
-        method: str,
-        k: int,
-        truth: bool,
-        dims,
-        kinds=("model", "no signal"),
-    ) -> dict[str, Tensor]:
-        """Search k actions of window i, from the truth or zero: {kind of costs: errors (k, A)}."""
-        n, actions = self.n, self.actions[i]
+    def search(self, i: int, z: Tensor, how: tuple, kinds=("model", "no signal")) -> dict:
+        """Search the actions of window i: {kind of costs: errors (k, A)}.
+
+        how  (method, k, whether the search starts at the true actions, dims that it searches)
+        """
+        (method, k, truth, dims), n, actions = how, self.n, self.actions[i]
         random = torch.Generator().manual_seed(self.args.seed + i)
         noise = torch.randn((k, *z.shape[1:]), generator=random).to(z.device)
         true, last = actions[n - 1 : n - 1 + k], actions[n - 1 + k]
@@ -1111,7 +1107,7 @@ class Evaluation:
         for k in self.horizons:
             net, starts = self.fit_idm(k, *bank), range(n - 1, self.config.num_frames - k, k)
             for clips, real, actions, _ in self.batches(f"idm k={k}"):
-                dreamed = self.native(z=self.dream(self.space.encode(real), actions, clips))
+                dreamed = self.widen(self.dream(self.space.encode(real), actions, clips))
                 true = torch.cat([actions[:, s : s + k, :6] for s in starts], 1)
                 for kind, z in (("model", dreamed), ("real", self.native(real))):
                     z = z.flatten(2, 3)
@@ -1228,7 +1224,7 @@ class Evaluation:
             z = self.space.encode(self.filmed(info, slice(self.n)))
             z = self.dream(z, self.recorded(info), [i])[:, info["seen"]]
             real = self.native(self.filmed(info, info["seen"]))
-            features = {"model": self.native(z=z), "real": real}
+            features = {"model": self.widen(z), "real": real}
             for kind, source in itertools.product(self.probes, features):
                 score = self.judge(kind, features[source], info["language"])[0].item()
                 for statistic in ("accuracy", "balanced_accuracy", "auc"):
