@@ -13,6 +13,7 @@ the same numbers. Shapes: B clips, V views, T frames, H W pixels, h w latent gri
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -27,7 +28,6 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +52,7 @@ SIMULATED = ("counterfactual", "objects", "goal")  # need episodes of the toy wo
 METRICS = (*PIXELS, "controllability", "idm", "probe", "policy", *SIMULATED)
 KINDS = ("model", "ceiling", "copy", "shuffled")  # what pixel metrics are measured on
 LOWER = r"(t_)?lpips|f[iv]d|(cem|gradient|grid)_k|counterfactual_error|objects_(gripper|blocks)"
+CURVES = r"psnr|ssim|(t_)?lpips|pck(_patch)?(_coverage.*|(_moving)?@10)"  # drawn step by step
 AXES = {  # rows that --compare sets side by side
     "Pixels": r"psnr|ssim|(t_)?lpips|f[iv]d\w*|pck(_patch)?@10",
     "Control": r"(cem|gradient|grid|idm_r|goal)_k\d+(_zero)?(_xyz)?",
@@ -86,7 +87,7 @@ BANK = 4 << 30  # bytes of features, at most, that the inverse-dynamics probe le
 PROBES = {"linear": 0, "temporal": 1, "spatiotemporal": 2, "progress": 1, "text": 6, "idm": 6}
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     # -- what
     checkpoint_path: str | None = None  # world_model.safetensors of a run, or a preset's .pt
@@ -148,7 +149,7 @@ class Unavailable(InputError):
 
     def __init__(self, reason: str, url: str = "", path: str | Path = ""):
         super().__init__(f"{reason}; fetch {url} to {path}" if url else reason)
-        self.row = {"value": None, "reason": reason, "url": url, "path": str(path)}
+        self.reason, self.url, self.path = reason, url, str(path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -296,13 +297,12 @@ def load_lpips(folder: str | Path, device) -> Callable[[Tensor, Tensor], Tensor]
     """Build LPIPS (AlexNet) of the lpips package from a local trunk: frames twice -> (N,)."""
     import lpips
 
-    trunk = load_network("lpips", "alexnet", folder, device).features
+    trunk = load_network("lpips", "alexnet", folder, "cpu").features.state_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision the old way
         model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)  # its heads ship with it
-    for part in model.net.children():
-        for layer in list(part._modules):  # numbered as in the trunk
-            setattr(part, layer, trunk[int(layer)])
+    parts = model.net.state_dict()  # slice2.3.bias is the trunk's 3.bias
+    model.net.load_state_dict({name: trunk[name.partition(".")[2]] for name in parts})
     model = model.to(device).eval().requires_grad_(False)
     return lambda x, y: model(x.movedim(-1, 1), y.movedim(-1, 1), normalize=True).flatten()
 
@@ -338,10 +338,9 @@ def load_inception(metric: str, folder: str | Path, device) -> Callable[[Tensor]
     fid = metric == "fid"
     options = {"num_classes": 1008 if fid else 1000, "aux_logits": not fid, "init_weights": False}
     net = load_network(metric, "inception_v3", folder, device, **options)
-    net.fc, pools = nn.Identity(), {"7c": F.max_pool2d} if fid else {}
-    average = functools.partial(F.avg_pool2d, count_include_pad=False)
+    net.fc, average = nn.Identity(), functools.partial(F.avg_pool2d, count_include_pad=False)
     for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c") if fid else ():
-        block, pool = net.get_submodule(f"Mixed_{name}"), pools.get(name, average)
+        block, pool = net.get_submodule(f"Mixed_{name}"), F.max_pool2d if name == "7c" else average
         pool, pooled = functools.partial(pool, kernel_size=3, stride=1, padding=1), []
         block.register_forward_pre_hook(lambda _, x, to=pooled, pool=pool: to.append(pool(x[0])))
         block.branch_pool.register_forward_pre_hook(lambda _, x, of=pooled: (of.pop(),))
@@ -458,9 +457,9 @@ def pck(real: tuple, generated: tuple, scale: float) -> dict[str, Tensor]:
     real, generated  tracks (B, T, N, 2) in pixels, visibility (B, T, N)
     scale            256 / H: thresholds are pixels of a 256-pixel frame
 
-    PCK counts points visible in both videos, `moving` those of them that the real clip moves by
-    more than 5 px; NaN where there are none. A model can hide its errors by losing points, so
-    read it with the coverage: share visible in both videos, and in the generated one.
+    Counted are points visible in both videos, `moving`: that the real clip moves by more than 5 px;
+    NaN: there are none. A model can hide its errors by losing points, so read it with the coverage:
+    the share visible in both videos, and in the generated one.
     """
     (track, seen), (track_g, seen_g) = real, generated
     both, error = seen & seen_g, (track - track_g).norm(dim=-1) * scale
@@ -647,67 +646,214 @@ def load_text(path: str | None, device) -> Callable[[Sequence[str]], Tensor]:
 # Pictures, drawn with Pillow.
 
 
-def draw_curves(path: Path, panels: dict[str, dict[str, list]]) -> None:
-    """Write a PNG of small plots, two a row, under one legend: {title: {kind: value per step}}."""
+def draw_curves(path: Path, rows: dict[str, dict]) -> None:
+    """Write a PNG of the pixel metrics per step, small plots two a row under one legend."""
+    shown = [x for x in rows.items() if re.fullmatch(CURVES, x[0]) and x[1]["value"] is not None]
+    if not shown:
+        return
     font, grey = ImageFont.load_default(14), "#444444"
     colours = dict(zip(KINDS, ("#1f5fa8", "#2f8f4e", "#8a8a8a", "#c8452d"), strict=True))
-    image = Image.new("RGB", (1080, 50 + 290 * math.ceil(len(panels) / 2)), "white")
-    draw = ImageDraw.Draw(image)
+    image = Image.new("RGB", (1080, 50 + 290 * math.ceil(len(shown) / 2)), "white")
+    pen = ImageDraw.Draw(image)
     for i, (kind, colour) in enumerate(colours.items()):
-        draw.line([70 + 150 * i, 25, 98 + 150 * i, 25], colour, 3)
-        draw.text((106 + 150 * i, 25), kind, "black", font, "lm")
-    for i, (title, curves) in enumerate(panels.items()):
-        values = np.array([curves[kind] for kind in KINDS], float)  # None becomes NaN
+        pen.text((70 + 150 * i, 25), kind, colour, font, "lm", stroke_width=0.4)
+    for i, (name, row) in enumerate(shown):
+        values = np.array([row["per_step"][kind] for kind in KINDS], float)  # None becomes NaN
         values[values > 99] = np.nan  # the 100 dB of an exact decoder would flatten the others
         low, high = np.nanmin(values), np.nanmax(values)
-        unit = 10 ** math.floor(math.log10(max(high - low, 1e-3)) - 0.3)
-        low, high = math.floor(low / unit) * unit, math.ceil(high / unit + 1e-9) * unit
-        x0, y0 = i % 2 * 540 + 70, i // 2 * 290 + 90
-        xs = np.linspace(x0, x0 + 450, values.shape[1])
-        draw.text((x0, y0 - 24), title, "black", font)
-        draw.text((x0 + 225, y0 + 222), "predicted frame", grey, font, "ma")
-        for tick in np.linspace(low, high, 5):
-            y = y0 + 200 * (high - tick) / (high - low)
-            draw.line([x0, y, x0 + 450, y], "#dddddd")
-            draw.text((x0 - 8, y), f"{tick:.4g}", grey, font, "rm")
+        x, y = i % 2 * 540 + 70, i // 2 * 290 + 90
+        xs = np.linspace(x, x + 450, values.shape[1])
+        pen.text((x, y - 24), f"{name}, {row['better']} is better", "black", font)
+        pen.text((x + 225, y + 222), "predicted frame", grey, font, "ma")
+        for share in np.linspace(0, 1, 5):
+            pen.line([x, y + 200 * share, x + 450, y + 200 * share], "#dddddd")
+            tick = f"{high - share * (high - low):.4g}"
+            pen.text((x - 8, y + 200 * share), tick, grey, font, "rm")
         for step in range(0, len(xs), math.ceil(len(xs) / 16)):
-            draw.text((xs[step], y0 + 206), str(step + 1), grey, font, "ma")
-        for colour, ys in zip(
-            colours.values(), y0 + 200 * (high - values) / (high - low), strict=True
-        ):
+            pen.text((xs[step], y + 206), str(step + 1), grey, font, "ma")
+        heights = y + 200 * (high - values) / max(high - low, 1e-9)
+        for colour, ys in zip(colours.values(), heights, strict=True):
             points = [(x, y) for x, y in zip(xs, ys, strict=True) if y == y]
-            draw.line(points, colour, 3, joint="curve")
-            for x, y in points:
-                draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
+            pen.line(points, colour, 3, joint="curve")
+            for point in points:  # of one step there is no line
+                pen.circle(point, 3, colour)
     data.write_atomic(path, lambda temporary: image.save(temporary, "PNG"))
 
 
 def draw_tables(path: Path, tables: list[list[list[str]]]) -> None:
     """Write tables of Markdown cells (** is bold) as a PNG; the first row of each is its head."""
     font, y = ImageFont.load_default(16), 16
-    ends = [
-        8
-        + np.cumsum([12 + max(map(font.getlength, column)) for column in zip(*table, strict=True)])
-        for table in tables
-    ]
-    size = int(max(end[-1] for end in ends)) + 8, 32 * sum(len(table) + 1 for table in tables)
+    columns = [[24 + max(map(font.getlength, c)) for c in zip(*t, strict=True)] for t in tables]
+    size = int(max(map(sum, columns))), 32 * sum(len(table) + 1 for table in tables)
     image = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(image)
-    for table, end in zip(tables, ends, strict=True):
-        for i, row in enumerate(table):
-            fill = "#e4eaf2" if i == 0 else ("#f5f5f5", "white")[i % 2]
-            draw.rectangle([8, y, end[-1], y + 31], fill)
-            for j, cell in enumerate(row):
-                x, anchor = (14, "lm") if j == 0 else (end[j] - 6, "rm")
-                bold = 0.4 * (i == 0 or cell.startswith("**"))
-                draw.text((x, y + 16), cell.strip("*"), "black", font, anchor, stroke_width=bold)
+    pen = ImageDraw.Draw(image)
+    for table, widths in zip(tables, columns, strict=True):
+        pen.rectangle([0, y, sum(widths), y + 31], "#e4eaf2")
+        for row, x in itertools.product(table, [np.cumsum([12, *widths])]):
+            for cell, left in zip(row, x, strict=False):
+                bold = 0.4 * cell.startswith("**")
+                pen.text((left, y + 16), cell.strip("*"), "black", font, "lm", stroke_width=bold)
             y += 32
         y += 32
     data.write_atomic(path, lambda temporary: image.save(temporary, "PNG"))
 
 
 # ------------------------------------------------------------------------------------------------
-# The model, its clips and its results.
+# Results: rows of numbers, what they say in words, and the file they are kept in.
+
+
+def plain(x):
+    """Turn results into JSON values: lists for tensors, None for NaN."""
+    return json.loads(json.dumps(x, default=lambda x: x.tolist()), parse_constant=lambda _: None)
+
+
+def show(x: float | None) -> str:
+    return "-" if x is None else f"{x:.4g}"
+
+
+def make_row(name: str, statistic: str, kinds: dict[str, Tensor]) -> dict:
+    """Make a result of samples of clips: the model's value beside those of the other kinds.
+
+    mean     (N, steps)     numbers of the predicted frames   share    (N, trials)  hits, 1 or 0
+    l2       (N, k, D)      errors of k actions               pearson  (N, n, 2, D) read and true
+    frechet  (processes, D + 1, D + 1)   sums of `gram`       others   (N, 2)  label and score
+    """
+    row, model = {"better": "lower" if re.match(LOWER, name) else "higher"}, kinds["model"]
+    if statistic == "frechet":
+        real, *grams = (kinds[kind].sum(0) for kind in ("real", *KINDS))
+        value, *beside = (frechet_distance(*moments(real), *moments(x)) for x in grams)
+        n, dim = int(real[0, 0]), len(real) - 1
+        if n <= 2 * dim:
+            row["note"] = f"{n} samples of {dim} numbers: biased up, compare at equal N"
+        row["beside"] = dict(zip(KINDS[1:], beside, strict=True))
+        return row | {"value": value, "ci": None, "n": n}  # no interval: resampling biases
+    if statistic == "mean":
+        row["per_step"] = {kind: s.nanmean(0) for kind, s in kinds.items()}
+        kinds = {kind: s.nanmean(1) for kind, s in kinds.items()}
+    elif statistic == "share":
+        row["note"] = f"{model.nansum():.0f} of {model.isfinite().sum()}"
+    elif statistic == "l2":
+        row["per_dim"] = {kind: s.abs().mean((0, 1)) for kind, s in kinds.items()}
+    elif statistic == "pearson":
+        pairs = {kind: correlation(s.numpy()) for kind, s in kinds.items()}
+        row["per_dim"] = {kind: {"r": r, "r2": r2} for kind, (r, r2) in pairs.items()}
+    samples = kinds.pop("model")
+    value, interval, n = bootstrap(samples, statistic)
+    row |= {"value": value, "ci": interval, "n": n, "statistic": statistic, "samples": samples}
+    row["beside"] = {kind: bootstrap(s, statistic)[0] for kind, s in kinds.items()}
+    row["minus"] = {kind: bootstrap(samples, statistic, s)[:2] for kind, s in kinds.items()}
+    return row
+
+
+def in_table(name: str, row: dict) -> str:
+    """Write a result as a line: direction, value, interval, N and what stands beside it."""
+    if row["value"] is None:
+        place = f"\n{'':32} fetch {row['url']}\n{'':32} to {row['path']}" if row.get("url") else ""
+        return f"{name:32} null: {row.get('reason') or 'no clip has a value'}{place}"
+    interval = "[{}, {}]".format(*map(show, row["ci"])) if row["ci"] else ""
+    beside = [f"{kind} {show(x)}" for kind, x in row.get("beside", {}).items()]
+    line = f"{name:32} {row['better']:6} {show(row['value']):>8} {interval:19} {row['n']:5}"
+    return "  ".join([line, *beside, row.get("note", "")])
+
+
+def in_words(metrics: dict[str, dict]) -> Iterator[str]:
+    """Say whether the model listens to its actions and whether it is better than a copy."""
+    for name, row in metrics.items():
+        sign, value = (1 if row.get("better") == "higher" else -1), show(row["value"])
+        beside = {kind: show(x) for kind, x in row.get("beside", {}).items()}
+        gaps = {kind: ci or [0] for kind, (_, ci) in row.get("minus", {}).items()}
+        above = {kind: min(sign * x for x in ci) > 0 for kind, ci in gaps.items()}  # surely better
+        if name in ("psnr", "ssim", "lpips") and above:
+            verb, other = "listens to" if above["shuffled"] else "ignores", beside["shuffled"]
+            yield f"The model {verb} its actions: {name} is {value}, {other} with another clip's."
+            if not above["copy"]:
+                yield f"By {name} it is no better than repeating the last known frame."
+        if "no signal" in above:
+            none = "finds none, as if the model ignored its actions"
+            verb, random = "finds actions" if above["no signal"] else none, beside["no signal"]
+            yield f"{name} {verb}: error {value}, {random} when costs are random."
+        if name == "counterfactual_sides" and "note" in row:
+            yield f"Opposite actions move the gripper to their own sides: {row['note']} pairs."
+
+
+class Results:
+    """Keep results.json, and a note of the metric in progress, so that a kill costs little.
+
+    samples  {(statistic, row, kind): {clip: sample}}   of this process and the metric in progress
+    """
+
+    def __init__(self, folder: Path, args: Args, proc: data.Processes, **subject):
+        self.proc, self.args, self.path = proc, vars(args), folder / "results.json"
+        free = "metrics compare strict output_dir batch_size device dataset_dir policy weights_dir "
+        free += "i3d_path cotracker text_weights encoder_weights"
+        config = {k: v for k, v in self.args.items() if k not in free.split()} | subject
+        here = {str(d.name).lower(): d.version for d in importlib.metadata.distributions()}
+        versions = {name: here[name] for name in PACKAGES.split() if name in here}
+        new = {"finished": [], "metrics": {}, "config": plain(config), "versions": versions}
+        self.all = json.loads(self.path.read_text()) if self.path.is_file() else new
+        if changed := [k for k, v in new["config"].items() if self.all["config"].get(k) != v]:
+            other = f"was measured with other {', '.join(changed)}"
+            raise InputError(f"{self.path}: {other}; give another --output_dir, or remove the file")
+        proc.gather(None)  # nobody writes before everybody has read
+
+    def begin(self, name: str) -> None:
+        """Start on a metric, without samples or behind those that a killed run has noted."""
+        self.samples, self.done, self.noted = defaultdict(dict), {}, time.monotonic()
+        free = "metrics strict output_dir device".split()
+        what = [name, *self.proc[:2], self.all["config"], self.all["versions"]]
+        what += [(key, value) for key, value in self.args.items() if key not in free]
+        what = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+        self.note = self.path.with_name(f"unfinished_{what}.pt")
+        if self.note.is_file():
+            try:
+                done, samples = data.load_torch(self.note)
+                self.done, self.samples = dict(done), defaultdict(dict, samples)
+            except (InputError, TypeError, ValueError) as error:
+                print(f"warning: {error}; {name} begins anew")
+
+    def share(self, items: Sequence, label: str) -> Iterator:
+        """Walk through this process's share of the items that are not done; note what is."""
+        rank, world = self.proc[:2]
+        items, done = items[rank::world], self.done.get(label, 0)
+        if done:
+            print(f"{label}: goes on after {done} of {len(items)}")
+        for item in tqdm(items[done:], label, disable=rank > 0 or None, leave=False):
+            yield item
+            self.done[label] = done = done + 1
+            if time.monotonic() > self.noted + PAUSE:
+                state = self.done, dict(self.samples)
+                try:
+                    data.write_atomic(self.note, lambda path, x=state: torch.save(x, path))
+                except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
+                    print(f"warning: {self.note} not written ({error}); the work goes on")
+                self.noted = time.monotonic()
+
+    def rows(self) -> dict[str, dict]:
+        """Make results of everybody's samples."""
+        mine = {key: {i: s.cpu() for i, s in clips.items()} for key, clips in self.samples.items()}
+        joined, out = defaultdict(lambda: defaultdict(dict)), {}
+        for part in self.proc.gather(mine):
+            for (statistic, name, kind), clips in part.items():
+                joined[statistic, name][kind] |= clips
+        for (statistic, name), kinds in joined.items():
+            kinds = {k: torch.stack([c[i] for i in sorted(c)]) for k, c in kinds.items()}
+            out[name] = make_row(name, statistic, kinds)
+        return out
+
+    def report(self, rows: dict[str, dict], finished: Sequence[str] = ()) -> None:
+        """Print rows of the table and put them on disk."""
+        self.all["finished"] += finished
+        self.all["metrics"] |= (rows := plain(rows))
+        if self.proc.rank == 0:
+            data.write_atomic(self.path, json.dumps(self.all, indent=1).encode())
+            for item in rows.items():
+                print(in_table(*item))
+        if finished:
+            self.note.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# The model and its clips, measured.
 
 
 def open_model(args: Args, device) -> WorldModel:
@@ -735,15 +881,6 @@ def open_model(args: Args, device) -> WorldModel:
     return WorldModel.from_parts(*parts, RELEASED, device)
 
 
-def plain(x):
-    """Turn results into JSON values: lists for tensors, None for NaN."""
-    return json.loads(json.dumps(x, default=lambda x: x.tolist()), parse_constant=lambda _: None)
-
-
-def show(x: float | None) -> str:
-    return "-" if x is None else f"{x:.4g}"
-
-
 def spread(size: int, count: int) -> list[int]:
     """Pick at most `count` of so many, evenly."""
     return np.linspace(0, size - 1, min(count, size)).round().astype(int).tolist()
@@ -756,16 +893,15 @@ def random_cost(generator: torch.Generator, actions: Tensor) -> Tensor:
 
 
 class Evaluation:
-    """Measure one model on one split; `results` goes to disk as numbers are found.
+    """Measure one model on one split; clips are counted by their place in `infos`.
 
-    The methods named after metrics return rows of results. Clips are counted by their place in
-    `infos`; every process stores samples of its share of them as {(row, kind): {clip: sample}}.
+    The methods named after metrics are generators of two steps: they open what they need, so that
+    nothing is found to be missing hours later; then they measure and yield rows of results.
     """
 
     def __init__(self, args: Args, proc: data.Processes):
-        self.proc, self.device, self.model = proc, proc.device, open_model(args, proc.device)
-        self.space, stored, self.probes, self.text = self.model.space, self.model.data, {}, None
-        self.notes: list[Path] = []  # files of metrics in progress
+        self.device, self.model = proc.device, open_model(args, proc.device)
+        self.space, stored = self.model.space, self.model.data
         self.n = n = args.num_context or stored["num_history"]
         window = self.model.dit.config.max_frames * self.space.temporal_stride
         steps = args.num_frames or max(1, window - n)
@@ -773,142 +909,62 @@ class Evaluation:
         self.horizons = [int(k) for k in args.horizons.split(",")]
         if max(self.horizons) > steps:
             raise InputError(f"--horizons {args.horizons}: only {steps} frames are predicted")
-        options = {key: stored[key] for key in ("image_size", "stride", "action_merge")}
-        options |= {key: getattr(args, key) for key in ("dataset_dir", "subset_names", "seed")}
-        options |= {"num_frames": n + steps, "num_history": n, "views": self.space.num_views}
-        self.config = data.DataConfig(**options)
+        cut = {key: stored[key] for key in ("image_size", "stride", "action_merge")}
+        cut |= {"num_frames": n + steps, "num_history": n, "views": self.space.num_views}
+        self.config = data.DataConfig(args.dataset_dir, args.subset_names, seed=args.seed, **cut)
         clips = data.EpisodeDataset(self.config, args.split)
         where = f"{args.dataset_dir}, {args.subset_names}, {args.split}"
         if clips.action_mapping != stored["action_mapping"]:
-            raise InputError(
-                f"{where}: actions are mapped as {clips.action_mapping!r}, the model was trained "
-                f"on {stored['action_mapping']!r}; convert the data as for training"
-            )
+            mapped = f"actions are mapped as {clips.action_mapping!r}, in training they were"
+            raise InputError(f"{where}: {mapped} {stored['action_mapping']!r}; convert them so")
         self.infos = [clips.info(i) for i in spread(len(clips), args.num_episodes)]
         self.windows = spread(len(self.infos), args.windows)
         self.cem = {"population": args.population, "elites": args.population // 8}
-        moved = torch.cat([self.recorded(info) for info in self.infos]).flatten(0, 1).std(0)
+        self.actions = torch.cat([self.recorded(info) for info in self.infos])  # (N, T, A)
+        moved = self.actions.flatten(0, 1).std(0)
         self.dims = [d for d in SEARCHED if moved[d] > 0]  # the others never change
         if len(self.infos) < 2 or not self.dims:
             fault = "all actions are equal: none can matter" if self.infos[1:] else "only one clip"
             raise InputError(f"{where}: {fault}; give other episodes")
-        self.folder = Path(args.output_dir or Path(args.checkpoint_path or "outputs/_").parent)
-        self.resume()
-
-    def resume(self) -> None:
-        """Begin the results, or go on with those that an earlier run left in the folder."""
-        free = "metrics compare strict output_dir batch_size device dataset_dir policy weights_dir "
-        free += "i3d_path cotracker text_weights encoder_weights"
-        config = {k: v for k, v in vars(self.args).items() if k not in free.split()}
         weights = hashlib.sha256(self.space.fingerprint.encode())
         for x in self.model.dit.state_dict().values():
             weights.update(x.cpu().numpy().tobytes())
         clips = [(*info["path"].parts[-3:], *info["times"].tolist()) for info in self.infos]
         clips = hashlib.sha256(json.dumps(clips).encode())
-        config |= {"weights": weights.hexdigest()[:16], "clips": clips.hexdigest()[:16]}
-        here = {str(d.name).lower(): d.version for d in importlib.metadata.distributions()}
-        versions = {name: here[name] for name in PACKAGES.split() if name in here}
-        self.results = {"config": plain(config), "versions": versions}
-        path = self.folder / "results.json"
-        old = json.loads(path.read_text()) if path.is_file() else self.results
-        changed = [k for k, v in self.results["config"].items() if old["config"].get(k) != v]
-        if changed:
-            raise InputError(
-                f"{path}: was measured with other {', '.join(changed)}; give another --output_dir, "
-                "or remove the file"
-            )
-        self.results = {"finished": [], "metrics": {}} | old
-        self.proc.gather(None)  # nobody writes before everybody has read
+        subject = {"weights": weights.hexdigest()[:16], "clips": clips.hexdigest()[:16]}
+        self.folder = Path(args.output_dir or Path(args.checkpoint_path or "outputs/_").parent)
+        self.out = Results(self.folder, args, proc, **subject)
 
-    def rows(self, store: dict, statistic: str = "mean") -> dict[str, dict]:
-        """Make results of everybody's samples: the model's value beside those of the other kinds.
+    @contextlib.contextmanager
+    def needing(self, name: str, fault: type = Unavailable) -> Iterator[None]:
+        """Open what a result needs; where that cannot be, report why or, with --strict, stop."""
+        try:
+            yield
+        except fault as error:
+            if self.args.strict:
+                raise
+            self.out.report({name: {"value": None, "reason": str(error), **vars(error)}})
 
-        sample  (steps,) of a mean, (trials,) of a share, (k, D) errors, (n, 2, D) read and true
-        """
-        joined, out = {}, {}
-        store = {key: {i: s.cpu() for i, s in clips.items()} for key, clips in store.items()}
-        for (name, kind), clips in itertools.chain(
-            *(part.items() for part in self.proc.gather(store))
-        ):
-            joined.setdefault(name, {}).setdefault(kind, {}).update(clips)
-        for name, kinds in joined.items():
-            kinds = {k: torch.stack([c[i] for i in sorted(c)]) for k, c in kinds.items()}
-            row, model = {"better": "lower" if re.match(LOWER, name) else "higher"}, kinds["model"]
-            if statistic == "mean":
-                row["per_step"] = {kind: s.nanmean(0) for kind, s in kinds.items()}
-                kinds = {kind: s.nanmean(1) for kind, s in kinds.items()}
-            elif statistic == "share":
-                row["note"] = f"{model.nansum():.0f} of {model.isfinite().sum()}"
-            elif statistic == "l2":
-                row["per_dim"] = {kind: s.abs().mean((0, 1)) for kind, s in kinds.items()}
-            elif statistic == "pearson":
-                pairs = {kind: correlation(s.numpy()) for kind, s in kinds.items()}
-                row["per_dim"] = {kind: {"r": r, "r2": r2} for kind, (r, r2) in pairs.items()}
-            samples = kinds.pop("model")
-            value, interval, n = bootstrap(samples, statistic)
-            row |= {"value": value, "ci": interval, "n": n, "statistic": statistic}
-            row["beside"] = {kind: bootstrap(s, statistic)[0] for kind, s in kinds.items()}
-            minus = {kind: bootstrap(samples, statistic, s)[:2] for kind, s in kinds.items()}
-            out[name] = row | {"minus": minus, "samples": samples}
-        return out
-
-    def share(self, items: Sequence, label: str, *stores: dict):
-        """Walk through this process's share of the items; a killed run's is taken up again.
-
-        Now and then the stores go to a file beside the results, until the metric is finished.
-        """
-        (rank, world), done, written = self.proc[:2], 0, time.monotonic()
-        free = "metrics strict output_dir device".split()
-        what = [self.results["config"], self.results["versions"], label, rank, world]
-        what += [(key, value) for key, value in vars(self.args).items() if key not in free]
-        name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-        path = self.folder / f"unfinished_{name}.pt"
-        if stores and path.is_file():
-            try:
-                done, *parts = data.load_torch(path)
-                for store, part in zip(stores, parts, strict=True):
-                    store.update(part)
-                print(f"{label}: goes on after {done} of {len(items[rank::world])}")
-            except (InputError, TypeError, ValueError) as error:
-                print(f"warning: {error}; {label} begins anew")
-                done = 0
-                for store in stores:
-                    store.clear()
-        if stores:
-            self.notes.append(path)
-        for item in tqdm(items[rank::world][done:], label, disable=rank > 0 or None, leave=False):
-            yield item
-            done += 1
-            if stores and time.monotonic() > written + PAUSE:
-                state = [done, *map(dict, stores)]
-                try:
-                    data.write_atomic(path, lambda temporary, x=state: torch.save(x, temporary))
-                except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
-                    print(f"warning: {path} could not be written ({error}); the work goes on")
-                written = time.monotonic()
-
-    def recorded(self, info: dict, times: np.ndarray | None = None) -> Tensor:
-        """Read the actions (1, T, A) of a clip, or of its episode at other times."""
-        episode, times = data.Episode(info["path"]), info["times"] if times is None else times
-        actions = data.merge_actions(episode.actions, times, self.config.action_merge)
+    def recorded(self, info: dict) -> Tensor:
+        """Read the actions (1, T, A) of a clip."""
+        actions = data.Episode(info["path"]).actions
+        actions = data.merge_actions(actions, info["times"], self.config.action_merge)
         return torch.from_numpy(actions)[None].to(self.device)
 
-    def filmed(self, info: dict, times: np.ndarray | None = None) -> Tensor:
-        """Read the frames (1, [V,] T, H, W, 3) of a clip, or of its episode at other times."""
-        episode, times = data.Episode(info["path"]), info["times"] if times is None else times
-        x = episode.frames(times, self.config.views, self.config.image_size)
-        return torch.from_numpy(x[None] if len(x) > 1 else x).to(self.device) / 255
+    def filmed(self, info: dict, places=slice(None)) -> Tensor:
+        """Read the frames (1, [V,] T, H, W, 3) of a clip, or those at some places in it."""
+        episode, times = data.Episode(info["path"]), info["times"][places]
+        x = data.to_floats(episode.frames(times, self.config.views, self.config.image_size))
+        return (x[None] if len(x) > 1 else x).to(self.device)
 
-    def batches(self, label: str, *stores) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    def batches(self, label: str) -> Iterator[tuple[Sequence, Tensor, Tensor, Tensor]]:
         """Yield this process's batches: clips, their frames, actions and another clip's actions."""
-        infos, (N, B) = self.infos, (len(self.infos), self.args.batch_size)
-        groups = [range(i, min(i + B, N)) for i in range(0, N, B)]
-        for group in self.share(groups, label, *stores):
-            frames = torch.cat([self.filmed(infos[i]) for i in group])
-            actions = torch.cat([self.recorded(infos[i]) for i in group])
-            other = torch.cat([self.recorded(infos[(i + N // 2) % N]) for i in group])
-            other[:, : self.n - 1] = actions[:, : self.n - 1]  # the past stays as it was
-            yield group, frames, actions, other
+        (N, n), B = (len(self.infos), self.n), self.args.batch_size
+        shifted = self.actions.roll(-(N // 2), 0)
+        shifted[:, : n - 1] = self.actions[:, : n - 1]  # the past stays as it was
+        for clips in self.out.share([[*range(N)[i : i + B]] for i in range(0, N, B)], label):
+            frames = torch.cat([self.filmed(self.infos[i]) for i in clips])
+            yield clips, frames, self.actions[clips], shifted[clips]
 
     def dream(self, z: Tensor, actions: Tensor, seeds: Sequence[int]) -> Tensor:
         """Roll latents out from their first frames; the seed of a clip fixes its noise.
@@ -925,36 +981,38 @@ class Evaluation:
             raise InputError(f"clips {[*seeds]}: the model dreams NaN or infinity; it has diverged")
         return out
 
-    def native(self, frames: Tensor | None = None, z: Tensor | None = None) -> Tensor:
-        """Give encoder features (B, T, h, V w, C) of real frames, or of dreamed latents z."""
+    def native(self, frames: Tensor) -> Tensor:
+        """Give the encoder's features of real frames: (B, [V,] T, H, W, 3) -> (B, T, h, V w, C)."""
+        x = self.space.encoder.encode(frames)
+        return merge_views(x) if self.space.num_views > 1 else x
+
+    def widen(self, z: Tensor) -> Tensor:
+        """Give the encoder's features that dreamed latents stand for: (B, T, h, V w, C)."""
         space, V = self.space, self.space.num_views
-        if z is None:
-            x = space.encoder.encode(frames)
-        else:
-            z = split_views(z, V).flatten(0, 1) if V > 1 else z
-            z = z if space.mean is None else z * space.std + space.mean
-            x = space.adapter.decode(z).float() if space.adapter else z
-            x = x.unflatten(0, (-1, V)) if V > 1 else x
-        return merge_views(x) if V > 1 else x
+        z = split_views(z, V).flatten(0, 1) if V > 1 else z
+        z = z if space.mean is None else z * space.std + space.mean
+        x = space.adapter.decode(z).float() if space.adapter else z
+        return merge_views(x.unflatten(0, (-1, V))) if V > 1 else x
 
     # -- pixels
 
-    def videos(self, group, real, actions, other) -> dict[str, Tensor]:
+    def videos(self, clips, real, actions, other) -> dict[str, Tensor]:
         """Give the real clips and four to hold against them, views as clips: (B V, T, H, W, 3)."""
         n, z = self.n, self.space.encode(real)
-        known = real[..., :n, :, :, :]
-        videos = {"real": real, "ceiling": self.space.decode(z)}
-        for kind, acts in (("model", actions), ("shuffled", other)):
-            new = self.space.decode(self.dream(z, acts, group))[..., n:, :, :, :]
-            videos[kind] = torch.cat([known, new], -4)
-        videos["copy"] = torch.cat([known, known[..., -1:, :, :, :].expand_as(new)], -4)
+        latents = z, self.dream(z, actions, clips), self.dream(z, other, clips)
+        ceiling, new, deaf = (self.space.decode(x).flatten(0, -5) for x in latents)
+        real = real.flatten(0, -5)
+        known, still = real[:, :n], real[:, n - 1 : n].expand_as(new[:, n:])
+        futures = {"model": new[:, n:], "shuffled": deaf[:, n:], "copy": still}
+        videos = {"real": real, "ceiling": ceiling}
+        videos |= {kind: torch.cat([known, x], 1) for kind, x in futures.items()}
         for kind, video in videos.items():
             if not video.isfinite().all():
-                raise InputError(f"clips {[*group]}: pixels of the {kind} are NaN or infinite")
-        return {kind: video.flatten(0, -5) for kind, video in videos.items()}
+                raise InputError(f"clips {[*clips]}: pixels of the {kind} are NaN or infinite")
+        return videos
 
     def open_metric(self, name: str) -> Callable:
-        """Open a metric of videos: (real, video) -> {row: (B V, steps)}, of a distance, features."""
+        """Open a metric: (real, video) -> {row: (B V, steps)}, of a Frechet distance features."""
         args, n, where = self.args, self.n, (self.args.weights_dir, self.device)
         if not self.space.has_decoder:
             raise Unavailable(f"{name}: the model has no decoder; make one with train_adapter.py")
@@ -979,106 +1037,91 @@ class Evaluation:
         future = lambda x: x[:, n:].flatten(0, 1)  # noqa: E731
         return lambda *x: {name: score(*map(future, x)).view(len(x[0]), -1)}
 
-    def pixels(self, nets: dict[str, Callable]) -> dict[str, dict]:
+    def pixels(self, nets: dict[str, Callable]) -> Iterator[dict]:
         """Measure model, ceiling, copy and shuffled actions against the real clips in one pass."""
-        store, sums, gif = defaultdict(dict), defaultdict(float), {}
-        for group, *clips in self.batches(f"pixels {' '.join(nets)}", store, sums, gif):
-            videos = self.videos(group, *clips)
-            real, dreamed = videos["real"], videos["model"]
-            if not gif and self.proc.rank == 0:
-                gif["clips"] = torch.cat([real, dreamed, (dreamed - real).abs()], 3)[:4].clone()
+        samples, rank = self.out.samples, self.out.proc.rank
+        for clips, *batch in self.batches("pixels"):
+            videos = self.videos(clips, *batch)
+            real, new = videos["real"], videos["model"]
+            if clips[0] == 0:
+                picture = torch.cat([*torch.cat([real, new, (new - real).abs()], 3)[:4]], 1)
+                data.write_gif(self.folder / "samples.gif", picture, self.model.data["fps"])
             for name, (kind, video) in itertools.product(nets, videos.items()):
                 if name in DISTANCES:
-                    sums[name, kind] += gram(nets[name](real, video))
+                    sums = samples["frechet", name, kind]
+                    sums[rank] = sums.get(rank, 0) + gram(nets[name](real, video))
                 elif kind != "real":
                     for row, values in nets[name](real, video).items():
-                        values = values.double().unflatten(0, (len(group), -1)).nanmean(1)
-                        store[row, kind] |= zip(group, values, strict=True)
-        if gif:
-            picture = torch.cat([*gif["clips"]], 1)
-            data.write_gif(self.folder / "samples.gif", picture, self.model.data["fps"])
-        rows, sums = self.rows(store), self.proc.gather(sums)
-        for name in (name for name in nets if name in DISTANCES):
-            grams = [sum(s[name, kind] for s in sums if s) for kind in ("real", *KINDS)]
-            real, *others = map(moments, grams)
-            value, *beside = (frechet_distance(*real, *other) for other in others)
-            n, dim = int(grams[0][0, 0]), len(grams[0]) - 1
-            rows[name] = {"value": value, "ci": None, "n": n, "better": "lower"}  # no interval:
-            rows[name]["beside"] = dict(zip(KINDS[1:], beside, strict=True))  # resampling biases
-            if n <= 2 * dim:
-                rows[name]["note"] = f"{n} samples of {dim} numbers: biased up, compare at equal N"
-        return rows
+                        values = values.double().unflatten(0, (len(clips), -1)).nanmean(1)
+                        samples["mean", row, kind] |= zip(clips, values, strict=True)
+        yield self.out.rows()
 
     # -- control
 
-    def controllability(self) -> dict[str, dict]:
+    def controllability(self) -> Iterator[dict]:
         """Search the actions that lead to the recorded future; error: L2, averaged over steps.
 
         The mean starts at the true actions (the paper's way; it flatters everybody) or at zero;
         beside each stands the same search on random costs.
         """
-        store = defaultdict(dict)
-        for i in self.share(self.windows, "search", store):
-            clip = self.recorded(self.infos[i]), self.space.encode(self.filmed(self.infos[i]))
-            for row, (*_, dims) in self.searches.items():
-                for kind, error in self.search(i, *clip, row).items():
-                    store[row, kind][i], store[f"{row}_xyz", kind][i] = error[:, dims], error[:, :3]
-        return self.rows(store, "l2")
+        methods, searches, starts = self.args.searches.split(","), {}, ("", "_zero")
+        z = self.space.encode(self.filmed(self.infos[0]))[0]
+        for k, method, start in itertools.product(self.horizons, methods, starts):
+            row, dims = f"{method}_k{k}{start}", self.dims[: 3 if method == "grid" else None]
+            how = method, k, start != "_zero", dims
+            with self.needing(row, InputError):  # too many points, too long for the window
+                self.search(0, z, how, ["no signal"])
+                searches[row] = how
+        yield
+        samples = self.out.samples
+        for i in self.out.share(self.windows, "search"):
+            z = self.space.encode(self.filmed(self.infos[i]))[0]
+            for row, how in searches.items():
+                for kind, error in self.search(i, z, how).items():
+                    samples["l2", row, kind][i] = error[:, how[-1]]
+                    samples["l2", f"{row}_xyz", kind][i] = error[:, :3]
+        yield self.out.rows()
 
-    def search(
-        self, i: int, actions: Tensor, z: Tensor, row: str, kinds=("model", "no signal")
-    ) -> dict[str, Tensor]:
-        """Search the actions of window i as a row says: {kind of costs: errors (k, A)}."""
-        (search, k, start, dims), n = self.searches[row], self.n
-        (actions,), (z,) = actions, z
+    def search(self, i: int, z: Tensor, how: tuple, kinds=("model", "no signal")) -> dict:
+        """Search the actions of window i: {kind of costs: errors (k, A)}.
+
+        how  (method, k, whether the search starts at the true actions, dims that it searches)
+        """
+        (method, k, truth, dims), n, actions = how, self.n, self.actions[i]
         random = torch.Generator().manual_seed(self.args.seed + i)
         noise = torch.randn((k, *z.shape[1:]), generator=random).to(z.device)
         true, last = actions[n - 1 : n - 1 + k], actions[n - 1 + k]
-        first = true.clone()
-        first[:, dims] *= start != "_zero"
+        start = true.clone()
+        start[:, dims] *= truth
         known = self.model.dit, self.model.objective, z[:n], actions[: n - 1]
+        options = self.cem | {"generator": random} if method == "cem" else {}
         costs = {"model": candidate_cost(*known, z[n : n + k], noise, last)}
         costs["no signal"] = functools.partial(random_cost, random)
-        options = self.cem | {"generator": random} if search == "cem" else {}
-        found = {kind: PLANNERS[search](costs[kind], first, dims, **options) for kind in kinds}
-        return {kind: actions - true for kind, (actions, _) in found.items()}
+        found = {x: PLANNERS[method](costs[x], start, dims, **options)[0] for x in kinds}
+        return {kind: actions - true for kind, actions in found.items()}
 
-    def open_searches(self) -> None:
-        """Try each search on one window without the model; report those that cannot be made."""
-        searches, self.searches = self.args.searches.split(","), {}
-        clip = self.recorded(self.infos[0]), self.space.encode(self.filmed(self.infos[0]))
-        for k, search, start in itertools.product(self.horizons, searches, ("", "_zero")):
-            row, dims = f"{search}_k{k}{start}", self.dims[: 3 if search == "grid" else None]
-            self.searches[row] = search, k, start, dims
-            try:
-                self.search(0, *clip, row, ["no signal"])
-            except InputError as error:  # too many points, too long for the window
-                if self.args.strict:
-                    raise
-                self.report({row: Unavailable(str(error)).row})
-                del self.searches[row]
-
-    def idm(self) -> dict[str, dict]:
+    def idm(self) -> Iterator[dict]:
         """Train the inverse-dynamics probe per horizon and read the actions off both futures."""
-        store, n, (*bank, cut) = defaultdict(dict), self.n, self.bank()
+        yield
+        n, (*bank, cut) = self.n, self.bank()
         for k in self.horizons:
             net, starts = self.fit_idm(k, *bank), range(n - 1, self.config.num_frames - k, k)
-            for group, real, actions, _ in self.batches(f"idm k={k}", store):
-                dreamed = self.native(z=self.dream(self.space.encode(real), actions, group))
+            for clips, real, actions, _ in self.batches(f"idm k={k}"):
+                dreamed = self.widen(self.dream(self.space.encode(real), actions, clips))
                 true = torch.cat([actions[:, s : s + k, :6] for s in starts], 1)
                 for kind, z in (("model", dreamed), ("real", self.native(real))):
                     z = z.flatten(2, 3)
                     read = torch.cat([net(z[:, s : s + k + 1])[..., :6] for s in starts], 1)
-                    pairs = torch.stack([read, true], 2)
-                    store[f"idm_r_k{k}", kind] |= zip(group, pairs, strict=True)
+                    pairs = zip(clips, torch.stack([read, true], 2), strict=True)
+                    self.out.samples["pearson", f"idm_r_k{k}", kind] |= pairs
         note = f"learned from {len(bank[0])} clips" + f", all that {BANK >> 20} MiB hold" * cut
-        return {k: row | {"note": note} for k, row in self.rows(store, "pearson").items()}
+        yield {k: row | {"note": note} for k, row in self.out.rows().items()}
 
     def bank(self) -> tuple[Tensor, Tensor, np.ndarray, bool]:
         """Encode clips of the train split, once for all horizons; each process holds its own.
 
-        features  (N, T, cells, C)   half precision in main memory; N: eight windows of the longest
-                                     horizon a step, but no more than BANK bytes (800 of V-JEPA)
+        features  (N, T, cells, C)   half precision in main memory; eight windows of the longest
+                                     horizon a step, no more than BANK bytes (800 of V-JEPA)
         actions   (N, T, 7)
         held      (N,)               of every tenth episode, which chooses the weights
         cut       whether more clips were wanted
@@ -1115,90 +1158,104 @@ class Evaluation:
     # -- semantics
 
     def labelled(self, split: str, count: int) -> list[dict]:
-        """List at most `count` episodes with a success label, long enough for eight frames."""
+        """List at most `count` episodes with a success label, long enough for eight frames.
+
+        times  of all frames at the model's stride       seen  places in it of the eight that count
+        """
         config = dataclasses.replace(self.config, num_frames=max(8, self.n + 1))
         clips = data.EpisodeDataset(config, split)
         infos = [info for i in range(len(clips)) if (info := clips.info(i))["success"] is not None]
         won = sum(info["success"] for info in infos)
         if min(won, len(infos) - won) < 2:
-            raise Unavailable(
-                f"success probes need two labelled successes and failures; split {split!r} of "
-                f"{self.args.subset_names} has {won} and {len(infos) - won}"
-            )
-        return [infos[i] for i in spread(len(infos), count)]
+            found = f"{split!r} of {self.args.subset_names} has {won} and {len(infos) - won}"
+            raise Unavailable(f"success probes need two labelled successes and failures; {found}")
+        infos = [infos[i] for i in spread(len(infos), count)]
+        for info in infos:
+            info["times"] = np.arange(0, info["length"], self.config.stride)
+            info["seen"] = data.probe_frames(len(info["times"]), 8, "uniform", 1)
+        return infos
 
-    def eight(self, info: dict) -> tuple[np.ndarray, np.ndarray]:
-        """Give an episode's times at the model's stride, and the places of the eight that count."""
-        times = np.arange(0, info["length"], self.config.stride)
-        return times, data.probe_frames(len(times), 8, "uniform", 1)
+    @functools.cached_property
+    def kinds(self) -> list[str]:
+        """Name the success probes that can be trained; the one that reads text needs an encoder."""
+        self.labelled("train", 2), self.labelled(self.args.split, 2)
+        kinds = [kind for kind in PROBES if kind not in ("idm", "text")]
+        with self.needing("probe_text"):
+            self.text = load_text(self.args.text_weights, self.device)
+            kinds.append("text")
+        return kinds
 
     def pooled(self, features: Tensor) -> Tensor:
         """Average features (B, T, h, w, C) over 4 x 4 super-patches: (B, T, 16, C)."""
         x = F.adaptive_avg_pool2d(features.flatten(0, 1).movedim(-1, 1), 4)
         return x.flatten(2).transpose(1, 2).unflatten(0, features.shape[:2])
 
-    def fit_probes(self) -> None:
+    @functools.cached_property
+    def probes(self) -> dict[str, Probe]:
         """Train the success probes on real features; every fifth episode chooses the weights."""
-        args, infos, x = self.args, self.labelled("train", 2000), []
+        args, infos, x, probes = self.args, self.labelled("train", 2000), [], {}
         infos.sort(key=lambda info: info["success"])  # so that both parts have both classes
         for info in tqdm(infos, "features", disable=None, leave=False):
-            times, seen = self.eight(info)
-            x.append(self.pooled(self.native(self.filmed(info, times[seen]))).half())
+            x.append(self.pooled(self.native(self.filmed(info, info["seen"]))).half())
         x, held = torch.cat(x), np.arange(len(x)) % 5 == 0
         y = torch.tensor([float(info["success"]) for info in infos], device=self.device)
         words = np.array([info["language"] for info in infos])
         steps = min(args.max_steps, 50 * math.ceil(len(x) / 32))
-        for kind in [k for k in PROBES if k != "idm" and (k != "text" or self.text)]:
+        for kind in self.kinds:
             torch.manual_seed(args.seed)
             tell = self.text if kind == "text" else lambda words: None
             text_dim = tell(words[:1]).shape[-1] if kind == "text" else 1
             net = Probe(kind, x.shape[1:], args.probe_width * 3 // 4, text_dim).to(self.device)
             read = lambda p, tell=tell: (x[p], tell(words[p]))  # noqa: E731
-            self.probes[kind], net.score = net, fit(net, read, y, held, steps, 1e-3)
+            probes[kind], net.score = net, fit(net, read, y, held, steps, 1e-3)
+        return probes
 
     def judge(self, kind: str, features: Tensor, sentence: str) -> Tensor:
         """Score clips of one instruction by a success probe: (B, 8, h, w, C) -> (B,)."""
         text = self.text([sentence] * len(features)) if kind == "text" else None
         return self.probes[kind].judge(self.pooled(features), text)
 
-    def probe(self) -> dict[str, dict]:
+    def probe(self) -> Iterator[dict]:
         """Judge real and dreamed test episodes by the probes that learned from real ones."""
-        store, rows = defaultdict(dict), {}
+        label = f"probe {' '.join(self.kinds)}"
+        yield
         infos = self.labelled(self.args.split, self.args.num_episodes)
-        self.fit_probes()
-        for i, info in self.share([*enumerate(infos)], f"probe {' '.join(self.probes)}", store):
-            times, seen = self.eight(info)
-            z = self.space.encode(self.filmed(info, times[: self.n]))
-            z = self.dream(z, self.recorded(info, times), [i])[:, seen]
-            real = self.native(self.filmed(info, times[seen]))
-            features = {"model": self.native(z=z), "real": real}
+        for i, info in self.out.share([*enumerate(infos)], label):
+            z = self.space.encode(self.filmed(info, slice(self.n)))
+            z = self.dream(z, self.recorded(info), [i])[:, info["seen"]]
+            real = self.native(self.filmed(info, info["seen"]))
+            features = {"model": self.widen(z), "real": real}
             for kind, source in itertools.product(self.probes, features):
                 score = self.judge(kind, features[source], info["language"])[0].item()
-                store[f"probe_{kind}", source][i] = torch.tensor([info["success"], score])
-        for statistic in ("accuracy", "balanced_accuracy", "auc"):
-            named = {(f"{row}_{statistic}", kind): x for (row, kind), x in store.items()}
-            rows |= self.rows(named, statistic)
-        return rows
+                for statistic in ("accuracy", "balanced_accuracy", "auc"):
+                    clips = self.out.samples[statistic, f"probe_{kind}_{statistic}", source]
+                    clips[i] = torch.tensor([info["success"], score])
+        yield self.out.rows()
 
-    def policy(self) -> dict[str, dict]:
+    def policy(self) -> Iterator[dict]:
         """Let a policy act inside the dream; the probe that validated best counts successes."""
-        args, store, model = self.args, defaultdict(dict), self.model
-        infos = self.labelled(self.args.split, args.policy_starts)
-        if not self.probes:
-            self.fit_probes()
+        args, label = self.args, f"policy {' '.join(self.kinds)}"
+        if not args.policy:
+            raise Unavailable("policy: name the function to act with, --policy module:function")
+        policy = pydoc.locate(args.policy.replace(":", "."))
+        if policy is None:
+            raise InputError(f"--policy {args.policy}: there is no such function")
+        yield
+        won = self.out.samples["share", "success_rate", "model"]
+        infos = self.labelled(args.split, args.policy_starts)
         best = max(self.probes, key=lambda kind: self.probes[kind].score)
-        for i, info in self.share([*enumerate(infos)], f"policy {best}", store):
-            known = self.filmed(info, self.eight(info)[0][: self.n])
+        for i, info in self.out.share([*enumerate(infos)], label):
+            known = self.filmed(info, slice(self.n))
             known = known.expand(args.policy_trials, *known.shape[1:])
             random = torch.Generator().manual_seed(args.seed + i)
-            act = functools.partial(self.act, sentence=info["language"])
-            frames, _ = model.rollout_policy(act, known, args.policy_steps, random)
+            act = functools.partial(policy, sentence=info["language"])
+            frames, _ = self.model.rollout_policy(act, known, args.policy_steps, random)
             seen = data.probe_frames(frames.shape[-4], 8, "uniform", 1)
-            won = self.judge(best, self.native(frames[..., seen, :, :, :]), info["language"]) > 0
-            store["success_rate", "model"][i] = won.double()
-        row = self.rows(store, "share")["success_rate"]
+            features = self.native(frames[..., seen, :, :, :])
+            won[i] = (self.judge(best, features, info["language"]) > 0).double()
+        row = self.out.rows()["success_rate"]
         error = (row["value"] * (1 - row["value"]) / len(infos) / args.policy_trials) ** 0.5
-        return {"success_rate": row | {"judge": best, "standard_error": error}}
+        yield {"success_rate": row | {"judge": best, "standard_error": error}}
 
     # -- what only a simulator can tell
 
@@ -1218,83 +1275,86 @@ class Evaluation:
             for _ in range(config.stride):
                 world.step([*(action[:6] / scale), float(action[6] < 0)])
             film.append(world.render(config.image_size, config.views))
-        film = torch.from_numpy(np.stack(film, 1)).to(self.device) / 255
+        film = data.to_floats(np.stack(film, 1)).to(self.device)
         return film if len(film) > 1 else film[0]
 
-    def counterfactual(self) -> dict[str, dict]:
+    def counterfactual(self) -> Iterator[dict]:
         """Send the gripper along +x, -x, +y, -y, +z, -z from one state, dreamed and simulated.
 
         error  root mean squared difference of the pixels; beside it the dream of the opposite
         sides  how often both of two opposite actions move the gripper to their own side, counted
                where the simulator moves it by 2 % of the image or more
         """
-        n, steps, store, sides = self.n, self.args.num_frames, defaultdict(dict), defaultdict(dict)
-        for i in self.share(self.windows, "counterfactual", store, sides):
-            frames, actions = self.filmed(self.infos[i]), self.recorded(self.infos[i])
-            beside = actions[:, [*range(n - 1), *[n - 1] * (steps + 1)]].repeat(6, 1, 1)
+        self.simulator(0, 0)
+        yield
+        n, samples, opposite = self.n, self.out.samples, [1, 0, 3, 2, 5, 4]
+        for i in self.out.share(self.windows, "counterfactual"):
+            frames, beside = self.filmed(self.infos[i]), self.actions[i].repeat(6, 1, 1)
+            beside[:, n:] = beside[:, n - 1 : n]
             beside[:, n - 1 :, :6] = 1.575 * torch.eye(6)[[0, 0, 1, 1, 2, 2], None].to(beside)
             beside[1::2, n - 1 :, :6] *= -1  # 45 mm a step
             true = [self.act_in(self.simulator(i, n - 1), a[n - 1 : -1]) for a in beside]
             true, known = torch.stack(true), frames[..., n - 1 : n, :, :, :]
             z = self.space.encode(frames).expand(6, -1, -1, -1, -1)
             new = self.space.decode(self.dream(z, beside, [i] * 6))[..., n:, :, :, :]
-            videos = {"model": new, "opposite": new[[1, 0, 3, 2, 5, 4]], "copy": known}
-            for kind, video in videos.items():
+            for kind, video in {"model": new, "opposite": new[opposite], "copy": known}.items():
                 error = (video - true).square().mean((-3, -2, -1)).sqrt()
-                store["counterfactual_error", kind][i] = error.flatten(0, -2).mean(0)
+                samples["mean", "counterfactual_error", kind][i] = error.flatten(0, -2).mean(0)
             last = [(x if x.ndim == 5 else x[:, 0])[:, -1] for x in (new, true, known)]  # camera 0
             moved, truth, start = (data.locate(x, "cyan") for x in last)
-            way = truth[::2] - truth[1::2]
-            way /= np.linalg.norm(way, axis=-1, keepdims=True)
-            moved, truth = (
-                np.minimum(((x - start)[::2] * way).sum(-1), ((start - x)[1::2] * way).sum(-1))
-                for x in (moved, truth)
+            side = truth - truth[opposite]
+            side /= np.linalg.norm(side, axis=-1, keepdims=True)
+            moved, truth = (  # by each pair, the shorter of its two ways
+                ((x - start) * side).sum(-1).reshape(3, 2).min(1) for x in (moved, truth)
             )
             hits = np.where(truth > 0.02 * self.config.image_size, moved > 0, np.nan)
-            sides["counterfactual_sides", "model"][i] = torch.from_numpy(hits)
-        return self.rows(store) | self.rows(sides, "share")
+            samples["share", "counterfactual_sides", "model"][i] = torch.from_numpy(hits)
+        yield self.out.rows()
 
-    def objects(self) -> dict[str, dict]:
-        """Find gripper and blocks by colour: pixels from where the simulator has them, and how many.
+    def objects(self) -> Iterator[dict]:
+        """Find gripper and blocks by colour: pixels from where the simulator has them; their share.
 
         Where the real frame shows no such colour, nothing counts; its own errors are the floor.
         """
-        n, size, store = self.n, self.config.image_size, defaultdict(dict)
-        for group, *clips in self.batches("objects", store):
-            videos = self.videos(group, *clips)
-            for j, (i, view) in enumerate(itertools.product(group, self.config.views)):
+        self.simulator(0, 0)
+        yield
+        n, size, samples = self.n, self.config.image_size, self.out.samples
+        for clips, *batch in self.batches("objects"):
+            videos = self.videos(clips, *batch)
+            for j, (i, view) in enumerate(itertools.product(clips, self.config.views)):
                 worlds = [self.simulator(i, t) for t in range(n, self.config.num_frames)]
                 names = {"cyan": "marker"} | {c: c for c in worlds[0].names if c in data.COLOURS}
                 places = [[w.positions()[name] for w in worlds] for name in names.values()]
                 places = worlds[0].pixels(np.array(places), view, size)
-                off = {
-                    kind: np.stack([data.locate(video[j, n:], colour) for colour in names]) - places
-                    for kind, video in videos.items()
-                }
-                off = {k: torch.from_numpy(np.linalg.norm(x, axis=-1)) for k, x in off.items()}
+                off = {}
+                for kind, video in videos.items():
+                    found = np.stack([data.locate(video[j, n:], colour) for colour in names])
+                    off[kind] = torch.from_numpy(np.linalg.norm(found - places, axis=-1))
                 seen = off["real"].isfinite()
                 for kind, x in off.items():
                     x, found = (y.where(seen, math.nan) for y in (x, x.isfinite().double()))
-                    store["objects_gripper", kind][i, view] = x[0]
-                    store["objects_blocks", kind][i, view] = x[1:].nanmean(0)
-                    store["objects_found", kind][i, view] = found.nanmean(0)
-        return self.rows(store)
+                    samples["mean", "objects_gripper", kind][i, view] = x[0]
+                    samples["mean", "objects_blocks", kind][i, view] = x[1:].nanmean(0)
+                    samples["mean", "objects_found", kind][i, view] = found.nanmean(0)
+        yield self.out.rows()
 
-    def goal(self) -> dict[str, dict]:
+    def goal(self) -> Iterator[dict]:
         """Plan to the frame that k recorded actions lead to and act in the simulator.
 
         Reached: gripper and blocks appear within 5 % of the image of where that frame has them.
         """
-        store = defaultdict(dict)
-        for i in self.share(self.windows, "goal", store):
+        self.simulator(0, 0)
+        yield
+        samples = self.out.samples
+        for i in self.out.share(self.windows, "goal"):
             for k in self.horizons:
                 for kind, far in self.plan(i, k).items():
-                    store[f"goal_k{k}", kind][i] = torch.tensor([float(far < 0.05)])
-        return self.rows(store, "share")
+                    samples["share", f"goal_k{k}", kind][i] = torch.tensor([float(far < 0.05)])
+        yield self.out.rows()
 
     def plan(self, i: int, k: int) -> dict[str, float]:
-        """Act on k planned, random and no actions: how far from its goal the farthest thing ends."""
-        n, frames, actions = self.n, self.filmed(self.infos[i]), self.recorded(self.infos[i])
+        """Act on k planned, random and no actions: the farthest that a thing ends from its goal."""
+        n, frames, actions = self.n, self.filmed(self.infos[i]), self.actions[i]
         random = torch.Generator().manual_seed(self.args.seed + i)
 
         def end(plan: Tensor) -> tuple[Tensor, np.ndarray]:
@@ -1303,106 +1363,37 @@ class Evaluation:
             places = np.stack([*world.positions().values()])
             return frame, np.stack([world.pixels(places, v, 1) for v in self.config.views])
 
-        recorded, still, chance = actions[:, n - 1 : n - 1 + k].repeat(3, 1, 1)
+        recorded, still, chance = actions[n - 1 : n - 1 + k].repeat(3, 1, 1)
         still[:, :6], chance[:, :7] = 0, 3.5 * torch.rand(k, 7, generator=random) - 1.75
         picture, places = end(recorded)
-        self.model.reset(frames[..., :n, :, :, :], actions[:, : n - 1])
+        self.model.reset(frames[..., :n, :, :, :], actions[None, : n - 1])
         plan = self.model.plan(picture, k, dims=self.dims, generator=random, **self.cem)
-        plans = {"model": plan, "random": chance, "still": still}
-        ends = {kind: end(plan)[1] for kind, plan in plans.items()}
+        ends = {"model": end(plan)[1], "random": end(chance)[1], "still": end(still)[1]}
         return {kind: np.linalg.norm(at - places, axis=-1).max() for kind, at in ends.items()}
 
     # -- the whole
 
-    def open(self, name: str) -> Callable | None:
-        """Open what a metric needs before any work is done, or raise Unavailable."""
-        if name in PIXELS:
-            return self.open_metric(name)
-        if self.space.temporal_stride > 1:
-            raise Unavailable(f"{name}: this encoder packs two frames into one latent")
-        if name == "controllability":
-            self.open_searches()
-        if name in SIMULATED:
-            self.simulator(0, 0)
-        if name in ("probe", "policy", "probe_text"):
-            self.labelled("train", 2), self.labelled(self.args.split, 2)
-        if name == "probe_text":
-            self.text = load_text(self.args.text_weights, self.device)
-        if name == "policy" and not self.args.policy:
-            raise Unavailable("policy: name the function to act with, --policy module:function")
-        if name == "policy":
-            self.act = pydoc.locate(self.args.policy.replace(":", "."))
-            if self.act is None:
-                raise InputError(f"--policy {self.args.policy}: there is no such function")
-
     def run(self) -> None:
         """Measure group by group; what an earlier run finished is not measured again."""
-        done, opened, wanted = self.results["finished"], {}, self.args.metrics.split(",")
-        self.report(self.results["metrics"])
-        todo = [name for name in METRICS if name in wanted and name not in done]
-        for name in [*["probe_text"] * bool({"probe", "policy"} & {*todo}), *todo]:
-            try:
-                opened[name] = self.open(name)
-            except Unavailable as error:
-                if self.args.strict:
-                    raise
-                self.report({name: error.row})
-        nets = {name: net for name, net in opened.items() if name in PIXELS}
+        found, wanted, nets, groups = self.out.all["metrics"], self.args.metrics.split(","), {}, []
+        self.out.report(found)
+        for name in [name for name in METRICS if name in {*wanted} - {*self.out.all["finished"]}]:
+            with self.needing(name):
+                if name in PIXELS:
+                    nets[name] = self.open_metric(name)
+                elif self.space.temporal_stride > 1:
+                    raise Unavailable(f"{name}: this encoder packs two frames into one latent")
+                else:
+                    next(work := getattr(self, name)())
+                    groups.append(([name], work))
         if nets:
-            self.report(self.pixels(nets), [*nets])
-        for name in [name for name in todo if name in opened.keys() - nets]:
-            self.report(getattr(self, name)(), [name])
-        rows = {
-            f"{name}, {row['better']} is better": row["per_step"]
-            for name, row in self.results["metrics"].items()
-            if row.get("per_step", {}).keys() == {*KINDS} and not re.search("@(5|20|40)", name)
-        }
-        if self.proc.rank == 0:
-            if rows:
-                draw_curves(self.folder / "horizon.png", rows)
-            print(*in_words(self.results["metrics"]), sep="\n")
-
-    def report(self, rows: dict[str, dict], finished: Sequence[str] = ()) -> None:
-        """Print rows of the table and put them on disk."""
-        self.results["finished"] += finished
-        self.results["metrics"] |= (rows := plain(rows))
-        if self.proc.rank == 0:
-            path = self.folder / "results.json"
-            data.write_atomic(path, json.dumps(self.results, indent=1).encode())
-        while finished and self.notes:
-            self.notes.pop().unlink(missing_ok=True)
-        if self.proc.rank > 0:
-            return
-        for name, row in rows.items():
-            if row["value"] is None:
-                print(f"{name:32} null: {row.get('reason') or 'no clip has a value'}")
-                if row.get("url"):
-                    print(f"{'':32} fetch {row['url']}\n{'':32} to {row['path']}")
-                continue
-            interval = "[{}, {}]".format(*map(show, row["ci"])) if row["ci"] else ""
-            beside = [f"{kind} {show(x)}" for kind, x in row.get("beside", {}).items()]
-            line = f"{name:32} {row['better']:6} {show(row['value']):>8} {interval:19} {row['n']:5}"
-            print(line, *beside, row.get("note", ""), sep="  ")
-
-
-def in_words(metrics: dict[str, dict]) -> Iterator[str]:
-    """Say whether the model listens to its actions and whether it is better than a copy."""
-    for name, row in metrics.items():
-        sign, value, beside = (1 if row.get("better") == "higher" else -1), show(row["value"]), {}
-        for kind, (_, ci) in row.get("minus", {}).items():  # kind: its value, surely worse?
-            beside[kind] = show(row["beside"][kind]), ci and min(sign * x for x in ci) > 0
-        if name in ("psnr", "ssim", "lpips") and beside:
-            other, listens = beside["shuffled"]
-            verb = "listens to" if listens else "ignores"
-            yield f"The model {verb} its actions: {name} is {value}, {other} with another clip's."
-            if not beside["copy"][1]:
-                yield f"By {name} it is no better than repeating the last known frame."
-        if "no signal" in beside:
-            random, useful = beside["no signal"]
-            verb = "finds actions" if useful else "finds none, as if the model ignored its actions"
-            yield f"{name} {verb}: error {value}, {random} when costs are random."
-        if name == "counterfactual_sides" and "note" in row:
-            yield f"Opposite actions move the gripper to their own sides: {row['note']} pairs."
+            groups.insert(0, ([*nets], self.pixels(nets)))
+        for names, work in groups:
+            self.out.begin(" ".join(names))
+            self.out.report(next(work), names)
+        if self.out.proc.rank == 0:
+            draw_curves(self.folder / "horizon.png", found)
+            print(*in_words(found), sep="\n")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1418,36 +1409,40 @@ def paired(row: dict, other: dict) -> str:
     return f"**{text}**" if ci[0] * ci[1] > 0 else text
 
 
+def tabulate(axis: str, names: list[str], runs: dict[str, dict]) -> list[list[str]]:
+    """Set runs side by side: best in bold, Borda ranks, then the differences to the first run."""
+    (first, base), *others = runs.items()
+    higher = [base[name]["better"] == "higher" for name in names]
+    values = np.array([[rows[name]["value"] for name in names] for rows in runs.values()])
+    values = np.column_stack([values, borda(values, higher)])
+    best = np.where([*higher, False], values.max(0), values.min(0))
+    ways = ["up" if up else "down" for up in higher]
+    table = [[axis, *map(" ".join, zip(names, ways, strict=True)), "Borda"]]
+    for run, row in zip(runs, values, strict=True):
+        bold = np.where(row == best, "**", "")
+        table.append([run, *(f"{b}{show(x)}{b}" for b, x in zip(bold, row, strict=True))])
+    for run, rows in others:
+        gaps = [paired(rows[name], base[name]) for name in names]
+        table.append([f"{run} minus {first}", *gaps, ""])
+    return table
+
+
 def compare(args: Args) -> None:
-    """Write the tables of several runs: best in bold, Borda ranks, differences to the first run."""
-    paths, tables = [Path(name) / "results.json" for name in args.compare], []
-    for path in paths:
+    """Write the tables of several runs, one an axis, as Markdown and as a picture."""
+    stored, lines = {}, []
+    for run in args.compare:
+        path = Path(run) / "results.json"
         if not path.is_file():
             raise InputError(f"{path}: no results; measure the run first with evaluate.py")
-    runs = [json.loads(path.read_text()) for path in paths]
-    if len(runs) < 2 or len({run["config"]["clips"] for run in runs}) > 1:
+        stored[run] = json.loads(path.read_text())
+    if len(stored) < 2 or len({results["config"]["clips"] for results in stored.values()}) > 1:
         raise InputError("--compare needs two or more runs measured on the same clips and seed")
-    metrics = [{k: v for k, v in r["metrics"].items() if v["value"] is not None} for r in runs]
-    common = [name for name in metrics[0] if all(name in rows for rows in metrics)]
-    for axis, pattern in AXES.items():
-        names = [name for name in common if re.fullmatch(pattern, name)]
-        if not names:
-            continue
-        higher = [metrics[0][name]["better"] == "higher" for name in names]
-        values = np.array([[rows[name]["value"] for name in names] for rows in metrics])
-        values = np.column_stack([values, borda(values, higher)])
-        best = np.where([*higher, False], values.max(0), values.min(0))
-        ways = ["up" if up else "down" for up in higher]
-        table = [[axis, *map(" ".join, zip(names, ways, strict=True)), "Borda"]]
-        for run, row in zip(args.compare, values, strict=True):
-            bold = np.where(row == best, "**", "")
-            cells = [f"{b}{show(x)}{b}" for b, x in zip(bold, row, strict=True)]
-            table.append([run, *cells])
-        for run, rows in zip(args.compare[1:], metrics[1:], strict=True):
-            cells = [paired(rows[name], metrics[0][name]) for name in names]
-            table.append([f"{run} minus {args.compare[0]}", *cells, ""])
-        tables.append(table)
-    lines = []
+    runs, common = {run: results["metrics"] for run, results in stored.items()}, []
+    for name in runs[args.compare[0]]:
+        if all(rows.get(name, {}).get("value") is not None for rows in runs.values()):
+            common.append(name)
+    axes = {axis: [n for n in common if re.fullmatch(form, n)] for axis, form in AXES.items()}
+    tables = [tabulate(axis, names, runs) for axis, names in axes.items() if names]
     for head, *rows in tables:
         rule = ["---"] * len(head)
         lines += ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)] + [""]

@@ -97,9 +97,9 @@ def test_missing_weights_name_the_file_the_url_and_the_place(tmp_path, monkeypat
     for metric, load in loaders.items():
         with pytest.raises(evaluate.Unavailable) as caught:
             load()
-        row, url = caught.value.row, evaluate.WEIGHTS[metric]
-        assert row["value"] is None and row["url"] == url and metric in row["reason"]
-        assert Path(row["path"]).name == Path(url).name and url in str(caught.value)
+        error, url = caught.value, evaluate.WEIGHTS[metric]
+        assert error.url == url and url in str(error) and metric in error.reason
+        assert Path(error.path).name == Path(url).name and error.path in str(error)
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
@@ -1116,7 +1116,7 @@ def test_a_preset_names_its_files_and_where_to_fetch_them(tmp_path):
     args = evaluate.Args(model_preset="DiT-S_VJEPA2_D96", weights_dir=str(tmp_path))
     with pytest.raises(evaluate.Unavailable) as caught:
         evaluate.open_model(args, CPU)
-    assert caught.value.row["url"].endswith("semantic-wm/resolve/main/vjepa/DiT-S_D96.pt")
+    assert caught.value.url.endswith("semantic-wm/resolve/main/vjepa/DiT-S_D96.pt")
     with pytest.raises(evaluate.InputError, match="DiT-{S,B,L}_WEBSSL_WIDE"):
         evaluate.open_model(evaluate.Args(model_preset="DiT-M_VAE"), CPU)
     with pytest.raises(evaluate.InputError, match="--checkpoint_path"):
