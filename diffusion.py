@@ -38,12 +38,12 @@ def time_shift(tokens: int, channels: int, minimum: float = 1.0) -> float:
 
 
 def shift_tau(tau: Tensor, g: float) -> Tensor:
-    """Move noise levels toward noise: g tau / (1 + (g - 1) tau)     [Esser et al. 2024, eq. 23]."""
+    """Move noise levels (...) toward noise: g tau / (1 + (g - 1) tau)  [Esser et al. 2024, eq. 23]."""
     return g * tau / (1 + (g - 1) * tau)
 
 
 def per_frame(level: Tensor) -> Tensor:
-    """Let levels (B, T) multiply latents (B, T, h, w, C)."""
+    """Let levels (B, T) multiply latents: -> (B, T, 1, 1, 1)."""
     return level[:, :, None, None, None]
 
 
@@ -75,7 +75,7 @@ def draw(kind: Callable, shape, like: Tensor, generator=None, shard=(0, 1)) -> T
 
 
 def null_action(actions: Tensor) -> Tensor:
-    """Give "no action" for every action: zeros, last entry 1."""
+    """Give "no action" for all actions (..., A): zeros, last entry 1."""
     null = torch.zeros_like(actions)
     null[..., -1] = 1
     return null

@@ -216,13 +216,13 @@ def attend_space(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def attend_time(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Let every patch see itself in this and earlier frames (all T are new, or one is)."""
-    q, k, v = (x.flatten(2, 3).transpose(1, 2) for x in (q, k, v))  # (B, N*H, T, E)
+    q, k, v = (x.flatten(2, 3).transpose(1, 2) for x in (q, k, v))  # (B, N*H, T or T', E)
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1).transpose(1, 2)
 
 
 def attend_joint(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Let every patch see all patches of this and earlier frames."""
-    q, k, v = (x.permute(0, 3, 1, 2, 4) for x in (q, k, v))  # (B, H, T, N, E)
+    q, k, v = (x.permute(0, 3, 1, 2, 4) for x in (q, k, v))  # (B, H, T or T', N, E)
     frames, past = [], k.shape[2] - q.shape[2]
     for t in range(q.shape[2]):
         k_seen, v_seen = (x[:, :, : past + t + 1].flatten(2, 3) for x in (k, v))

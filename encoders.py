@@ -169,10 +169,10 @@ def read_tensors(path: Path, keep: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def read_stats(path: Path, latent_dim: int) -> Tensor:
-    """Read latent statistics as (2, h, w, C) or (2, 1, 1, C): mean, std.
+    """Read latent statistics, z' = (z - mean) / std, std = sqrt(var + 1e-5).
 
-    The file holds 'std' or 'var', and 'mean' (None or absent: zero): (C,), (C, h, w), (1, C, h, w).
-    z' = (z - mean) / std,   std = sqrt(var + 1e-5)
+    The file holds 'std' or 'var', and 'mean' (None or absent: zero), of axes C, C h w or 1 C h w.
+    ->  (2, h, w, C) or (2, 1, 1, C)   mean, std
     """
     remedy = f"name a file of 'std' or 'var', and 'mean', of {latent_dim} latent channels"
     with data.reading(path, remedy, RuntimeError, *data.DAMAGED):
@@ -301,7 +301,7 @@ def resize_grid(x: Tensor, size: tuple[int, int], mode: str, antialias: bool = F
 
 
 def unpatchify(x: Tensor, p: int) -> Tensor:
-    """Lay out patches (N, h, w, p p 3), colour last, as images (N, 3, h p, w p)."""
+    """Lay out patches (N, h, w, p p 3), colour last, to images (N, 3, h p, w p)."""
     x = x.unflatten(3, (p, p, 3)).permute(0, 5, 1, 3, 2, 4)  #              (N, 3, h, p, w, p)
     return x.flatten(4).flatten(2, 3)
 
@@ -561,7 +561,7 @@ class KLAutoencoder(Network):
 
     def attention(self, x: Tensor, name: str) -> Tensor:
         """Attend over all pixels with one head."""
-        y = self.group_norm(x, f"{name}.norm").flatten(2).mT[:, None]  #    (N, 1, h w, C)
+        y = self.group_norm(x, f"{name}.norm").flatten(2).mT[:, None]  #    (N, 1, h w, D)
         q, k, v = (self.linear(y, f"{name}.{part}") for part in "qkv")
         y = self.linear(F.scaled_dot_product_attention(q, k, v), f"{name}.proj_out")
         return x + y[:, 0].mT.unflatten(2, x.shape[2:])
