@@ -744,7 +744,7 @@ def test_the_simulator_as_model_scores_perfectly(measure_toy, toy_folder, capsys
     assert rows["objects_found"]["value"] == rows["objects_found"]["beside"]["real"] == 1
     assert rows["goal_k1"]["value"] == 1.0 and rows["goal_k1"]["note"] == "2 of 2"
     row = rows["cem_k1_zero"]
-    assert len(row["per_dim"]["model"]) == 5 and row["value"] < 0.6 * row["beside"]["no signal"]
+    assert len(row["per_dim"]["model"]) == 4 and row["value"] < 0.6 * row["beside"]["no signal"]
     assert rows["cem_k1"]["value"] < rows["cem_k1"]["beside"]["no signal"] / 2
     said = capsys.readouterr().out
     assert f"{hits} of {trials} pairs" in said and "cem_k1 finds actions" in said
