@@ -111,13 +111,6 @@ def most_heads(width: int, limit: int) -> int:
     return next(n for n in range(min(limit, width), 0, -1) if width % n == 0)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Let the tokens of each frame see each other; q, k, v and the result (..., h, w, width)."""
-    *lead, h, w, width = q.shape
-    q, k, v = (x.reshape(-1, h * w, heads, width // heads).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*lead, h, w, width)
-
-
 class TransformerBlock(nn.Module):
     """Mix tokens by pre-norm self-attention and an erf-GELU MLP, with the key names of ViT-MAE."""
 
@@ -132,8 +125,11 @@ class TransformerBlock(nn.Module):
         self.output = nn.ModuleDict({"dense": nn.Linear(hidden, width)})
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.layernorm_before(x)
-        y = attend(*(f(y) for f in self.attention["attention"].values()), self.heads)
+        *_, h, w, width = x.shape
+        y, heads = self.layernorm_before(x), (-1, h * w, self.heads, width // self.heads)
+        project = self.attention["attention"].values()
+        q, k, v = (f(y).reshape(heads).transpose(1, 2) for f in project)  #    (N, heads, h w, -)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
         x = x + self.attention["output"]["dense"](y)
         y = F.gelu(self.intermediate["dense"](self.layernorm_after(x)))
         return x + self.output["dense"](y)
@@ -283,9 +279,12 @@ class SpatialAttention(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in "qkvp")
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
-        y = attend(*(f(y).movedim(1, -1) for f in (self.q, self.k, self.v)), self.heads)
-        return x + self.proj_out(y.movedim(-1, 1))
+        y, heads = self.norm(x), (self.heads, x.shape[1] // self.heads)
+        q, k, v = (
+            f(y).flatten(2).unflatten(1, heads).transpose(2, 3) for f in (self.q, self.k, self.v)
+        )  #                                                                     (N, heads, HW, -)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
+        return x + self.proj_out(y)
 
 
 class PixelDecoder(nn.Module):

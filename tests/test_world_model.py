@@ -339,7 +339,8 @@ def test_the_command_line_dreams_from_files_and_from_typed_actions(tmp_path, mon
     assert run("--actions", tmp_path / "a.npy") == text
     assert run("--actions", tmp_path / "units.npy", "--raw", "false") == text
     lines = "".join(" ".join(map(str, a)) + "\n" for a in raw)
-    assert run(typed=lines + "\n") == run(typed=lines)  # ended by an empty line or the end
+    for end in ("", "\n"):  # the end of the input, or an empty line
+        assert run(typed=lines + end) == text
     (tmp_path / "words.txt").write_text("up up left")
     for words, complaint in (
         (["--actions", tmp_path / "words.txt"], "words.txt"),
