@@ -225,12 +225,6 @@ def load_world_model(path: str | Path, encoder_weights=None, decoder_weights=Non
     return dit, objective_from(metadata["objective"], where), space, metadata["data"]
 
 
-def as_floats(frames: Array) -> Tensor:
-    """Turn uint8 frames into floats in [0, 1]; floats pass."""
-    frames = torch.as_tensor(frames)
-    return frames / 255 if frames.dtype == torch.uint8 else frames.float()
-
-
 class WorldModel:
     """Dream robot video, one action at a time.
 
@@ -287,6 +281,7 @@ class WorldModel:
             layout = f"([B,] {f'{V} views, ' * len(views)}T, {size}, {size}, 3)"
             packs = f" with T a multiple of {s}" * (s > 1)
             raise InputError(f"frames are {shape}; give this model {layout}{packs}, RGB last")
+        frames = frames if frames.dtype == torch.uint8 else frames.float()  # MPS has no float64
         z = self.space.encode((frames if batched else frames[None]).to(self.device))
         return z if batched else z[0]
 
@@ -314,8 +309,13 @@ class WorldModel:
             raise InputError("actions hold NaN or infinity; mend them before the rollout")
         return actions
 
-    def reset(self, frames: Array, actions: Array | None = None) -> None:
-        """Start from n known frames, oldest first, and the n - 1 actions between; None: zeros."""
+    def reset(self, frames: Array, actions: Array | None = None) -> Tensor:
+        """Start from n known frames, oldest first, and the n - 1 actions between; None: zeros.
+
+        -> the frames as floats, on the model's device
+        """
+        frames = torch.as_tensor(frames)
+        frames = (frames / 255 if frames.dtype == torch.uint8 else frames.float()).to(self.device)
         z = self.encode(frames)
         self.batched, self.cache = z.ndim == 5, None
         self.z = z if self.batched else z[None]
@@ -326,6 +326,7 @@ class WorldModel:
             if known.shape[1] != n - 1:
                 raise InputError(f"{known.shape[1]} actions for {n} frames; give {n - 1}")
             self.actions[:, :-1] = known
+        return frames
 
     @torch.no_grad()
     def generate_chunk(self, actions: Array, noise=None, generator=None, last=None) -> Tensor:
@@ -358,13 +359,13 @@ class WorldModel:
 
         actions ([B,] T, A), T > n  ->  the n frames as given, then T - n new ones
         """
-        self.reset(frames)
-        actions, n = self._actions(actions), self.actions.shape[1]
+        known, actions = self.reset(frames), self._actions(actions)
+        n = self.actions.shape[1]
         if actions.shape[1] <= n:
             raise InputError(f"{actions.shape[1]} actions for {n} known frames; give more")
         self.actions = actions[:, :n]
         new = self.generate_chunk(actions[:, n - 1 : -1], last=actions[:, -1:], **draws)
-        return torch.cat((as_floats(frames).to(self.device), new), -4)
+        return torch.cat((known, new), -4)
 
     def rollout_policy(
         self, policy: Callable, initial_frames: Array, steps: int, generator=None
@@ -374,8 +375,7 @@ class WorldModel:
         policy  newest frame ([B,] [V,] H, W, 3) -> actions (A,), (K, A), (B, A) or (B, K, A)
         ->      frames ([B,] [V,] n + steps, H, W, 3), actions ([B,] steps, A)
         """
-        self.reset(initial_frames)
-        video, taken = [as_floats(initial_frames).to(self.device)], []
+        video, taken = [self.reset(initial_frames)], []
         while (left := steps - sum(a.shape[1] for a in taken)) > 0:
             taken.append(self._actions(policy(video[-1].select(-4, -1)))[:, :left])
             video.append(self.generate_chunk(taken[-1], generator=generator))
