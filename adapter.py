@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ from data import InputError
 
 WRAPPERS = ("_orig_mod.", "module.")  # torch.compile and DDP put these before every key
 GRID = 16  # where the pixel decoder starts: 256x256 frames, 16 pixels a token
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
+group_norm = partial(nn.GroupNorm, eps=1e-6)
 
 
 @dataclasses.dataclass
@@ -55,7 +57,7 @@ class AdapterConfig:
         plain = self.adapter_type == "svae" and not self.adapter_progressive
         if self.adapter_pca and (not plain or self.adapter_latent_layers):
             raise InputError("adapter_pca: needs a flat svae without latent layers")
-        check_fields(self, may_be_zero=("adapter_latent_layers",))
+        check_fields(self)
 
 
 @dataclasses.dataclass
@@ -90,15 +92,14 @@ class PixelDecoderConfig:
             raise InputError(f"{message} (now {getattr(self, message.partition(':')[0])!r})")
 
 
-def check_fields(config: Any, may_be_zero: tuple[str, ...] = ()) -> None:
+def check_fields(config: AdapterConfig | PixelDecoderConfig) -> None:
     """Refuse values that no network can have, and sizes that only a damaged file would ask for."""
     for field in dataclasses.fields(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
-        low = 0 if name in may_be_zero else 1
-        high = 128 if name.endswith(("layers", "blocks")) else 65_536
-        numbers = value if kind.startswith("tuple") else (value,)
         if value is None and kind.endswith("None"):
             continue
+        low, high = int(field.default != 0), 128 if name.endswith(("layers", "blocks")) else 65_536
+        numbers = value if kind.startswith("tuple") else (value,)
         if "int" in kind and not all(type(n) is int and low <= n <= high for n in numbers):
             raise InputError(f"{name} is {value!r}: needs whole numbers from {low} to {high}")
         if kind == "bool" and type(value) is not bool:
@@ -124,23 +125,29 @@ class TransformerBlock(nn.Module):
         self.output = nn.ModuleDict({"dense": nn.Linear(hidden, width)})
 
     def forward(self, x: Tensor) -> Tensor:
-        y, project = self.layernorm_before(x), self.attention["attention"]
-        heads = (self.heads, x.shape[-1] // self.heads)
-        q, k, v = (project[n](y).unflatten(-1, heads).transpose(1, 2) for n in project)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        *_, h, w, width = x.shape
+        y, heads = self.layernorm_before(x), (-1, h * w, self.heads, width // self.heads)
+        project = self.attention["attention"].values()
+        q, k, v = (f(y).reshape(heads).transpose(1, 2) for f in project)  #    (N, heads, h w, -)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
         x = x + self.attention["output"]["dense"](y)
         y = F.gelu(self.intermediate["dense"](self.layernorm_after(x)))
         return x + self.output["dense"](y)
 
 
-def stack(count: int, width: int, heads: int, hidden: int | None = None) -> nn.Sequential:
-    """Stack transformer blocks; their MLPs are four times as wide as the tokens unless given."""
-    hidden = hidden or 4 * width
+def stack(count: int, width: int, heads: int, hidden: int) -> nn.Sequential:
+    """Stack transformer blocks."""
     return nn.Sequential(*(TransformerBlock(width, heads, hidden) for _ in range(count)))
 
 
 class Adapter(nn.Module):
-    """Pass features through: the identity adapter, and what every adapter can do.
+    """Compress features to latents and back, by the layers that its type has.
+
+    identity  none
+    mlp       each token alone, two hidden layers on both sides; no posterior
+    svae      semantic VAE: transformer blocks on both sides of a Gaussian bottleneck; a progressive
+              one narrows in two steps, D -> mid -> C; latent layers (blocks of width C) refine the
+              draw before and after it is u
 
     posterior(z) -> (mean, logvar)  of the Gaussian over latents; logvar None: deterministic
     refine(u)    -> u               from a draw (or the mean) to what decode and the DiT see
@@ -153,59 +160,23 @@ class Adapter(nn.Module):
 
     def __init__(self, config: AdapterConfig, input_dim: int):
         super().__init__()
-        self.config, self.input_dim = config, input_dim
-        identity = config.adapter_type == "identity"
-        self.latent_dim = input_dim if identity else config.adapter_latent_dim
+        self.config, self.input_dim, self.latent_dim = config, input_dim, config.adapter_latent_dim
+        if config.adapter_type == "identity":
+            self.latent_dim = input_dim
+        elif config.adapter_type == "mlp":
+            self.add_mlp(input_dim, self.latent_dim, config)
+        else:
+            self.add_svae(input_dim, self.latent_dim, config)
 
-    def posterior(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        assert z.shape[-1] == self.input_dim, (tuple(z.shape), self.input_dim)
-        return z, None
-
-    def refine(self, u: Tensor) -> Tensor:
-        return u
-
-    def encode(self, z: Tensor) -> Tensor:
-        """Return the latent of the posterior mean, in training mode too."""
-        return self.refine(self.posterior(z)[0])
-
-    def decode(self, u: Tensor) -> Tensor:
-        assert u.shape[-1] == self.latent_dim, (tuple(u.shape), self.latent_dim)
-        return u
-
-
-class MLPAdapter(Adapter):
-    """Map each token alone: two MLPs with two hidden layers, no posterior."""
-
-    def __init__(self, config: AdapterConfig, input_dim: int):
-        super().__init__(config, input_dim)
-        D, C = input_dim, self.latent_dim
+    def add_mlp(self, D: int, C: int, config: AdapterConfig) -> None:
         hidden = config.adapter_hidden_dim or (D + C) // 2
+        for name, first, last in (("encoder_mlp", D, C), ("decoder_mlp", C, D)):
+            a, b, c = (nn.Linear(*ends) for ends in pairwise((first, hidden, hidden, last)))
+            self.add_module(name, nn.Sequential(a, nn.GELU(), b, nn.GELU(), c))
 
-        def mlp(*widths: int) -> nn.Sequential:
-            layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.GELU())]
-            return nn.Sequential(*layers[:-1])
-
-        self.encoder_mlp, self.decoder_mlp = mlp(D, hidden, hidden, C), mlp(C, hidden, hidden, D)
-
-    def posterior(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.encoder_mlp(super().posterior(z)[0]), None
-
-    def decode(self, u: Tensor) -> Tensor:
-        return self.decoder_mlp(super().decode(u))
-
-
-class SVAEAdapter(Adapter):
-    """Semantic VAE: transformer blocks on both sides of a Gaussian bottleneck.
-
-    flat         z -> blocks, norm -> (mean, logvar)                    u -> blocks, norm -> z
-    progressive  z -> blocks, norm -> mid block, norm -> (mean, logvar)   u -> mid block, norm -> ...
-    With `adapter_latent_layers`, blocks of width C refine the draw before and after it is u.
-    """
-
-    def __init__(self, config: AdapterConfig, input_dim: int):
-        super().__init__(config, input_dim)
-        D, C, heads = input_dim, self.latent_dim, config.adapter_num_heads
-        narrow_heads = config.adapter_latent_heads or most_heads(C, 8)
+    def add_svae(self, D: int, C: int, config: AdapterConfig) -> None:
+        heads, narrow_heads = config.adapter_num_heads, config.adapter_latent_heads
+        narrow_heads = narrow_heads or most_heads(C, 8)
         if D % heads or C % narrow_heads:
             raise InputError(
                 f"heads must divide their width: adapter_num_heads {heads} the {D} features (try "
@@ -217,8 +188,8 @@ class SVAEAdapter(Adapter):
             mid_heads = config.adapter_mid_heads or most_heads(mid, 16)
             mid = max(mid // mid_heads, 1) * mid_heads
             self.enc_norm_high, self.enc_down = nn.LayerNorm(D), nn.Linear(D, mid)
-            self.enc_blocks_mid = stack(1, mid, mid_heads)
-            self.dec_blocks_mid = stack(1, mid, mid_heads)
+            self.enc_blocks_mid = stack(1, mid, mid_heads, 4 * mid)
+            self.dec_blocks_mid = stack(1, mid, mid_heads, 4 * mid)
             self.dec_norm_mid, self.dec_up = nn.LayerNorm(mid), nn.Linear(mid, D)
         self.enc_blocks = stack(layers, D, heads, config.adapter_intermediate_size)
         self.dec_blocks = stack(layers, D, heads, config.adapter_intermediate_size)
@@ -228,34 +199,34 @@ class SVAEAdapter(Adapter):
             self.register_buffer("center", torch.zeros(D))
             self.register_buffer("axes", torch.eye(D))
         if config.adapter_latent_layers:
-            narrow = (config.adapter_latent_layers, C, narrow_heads)
+            narrow = (config.adapter_latent_layers, C, narrow_heads, 4 * C)
             self.latent_enc_blocks, self.latent_enc_norm = stack(*narrow), nn.LayerNorm(C)
             self.latent_dec_blocks, self.latent_dec_norm = stack(*narrow), nn.LayerNorm(C)
 
-    def posterior(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        *lead, h, w, D = super().posterior(z)[0].shape
+    def run(self, layers: str, x: Tensor) -> Tensor:
+        """Apply the named layers in turn; what this adapter has not is passed over."""
+        for name in layers.split():
+            x = getattr(self, name)(x) if hasattr(self, name) else x
+        return x
+
+    def posterior(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        assert z.shape[-1] == self.input_dim, (tuple(z.shape), self.input_dim)
         z = (z - self.center) @ self.axes if self.config.adapter_pca else z
-        x = self.enc_blocks(z.reshape(-1, h * w, D))  #                                  (N, hw, D)
-        if self.config.adapter_progressive:
-            x = self.enc_blocks_mid(self.enc_down(self.enc_norm_high(x)))  #           (N, hw, mid)
-        moments = self.enc_proj(self.enc_norm(x))  #                                    (N, hw, 2C)
-        return moments.reshape(*lead, h, w, -1).chunk(2, dim=-1)
+        u = self.run("encoder_mlp enc_blocks enc_norm_high enc_down enc_blocks_mid", z)
+        u = self.run("enc_norm enc_proj", u)  #                     (..., h, w, C), of an S-VAE 2 C
+        return u.chunk(2, dim=-1) if self.config.adapter_type == "svae" else (u, None)
 
     def refine(self, u: Tensor) -> Tensor:
-        if not self.config.adapter_latent_layers:
-            return u
-        x = u.reshape(-1, u.shape[-3] * u.shape[-2], u.shape[-1])  #                     (N, hw, C)
-        return self.latent_enc_norm(self.latent_enc_blocks(x)).reshape(u.shape)
+        return self.run("latent_enc_blocks latent_enc_norm", u)
+
+    def encode(self, z: Tensor) -> Tensor:
+        """Return the latent of the posterior mean, in training mode too."""
+        return self.refine(self.posterior(z)[0])
 
     def decode(self, u: Tensor) -> Tensor:
-        *lead, h, w, C = super().decode(u).shape
-        x = u.reshape(-1, h * w, C)  #                                                   (N, hw, C)
-        if self.config.adapter_latent_layers:
-            x = self.latent_dec_norm(self.latent_dec_blocks(x))
-        x = self.dec_proj(x)  #                                             (N, hw, D), mid or flat
-        if self.config.adapter_progressive:
-            x = self.dec_up(self.dec_norm_mid(self.dec_blocks_mid(x)))  #                (N, hw, D)
-        z = self.dec_norm(self.dec_blocks(x)).reshape(*lead, h, w, -1)
+        assert u.shape[-1] == self.latent_dim, (tuple(u.shape), self.latent_dim)
+        x = self.run("latent_dec_blocks latent_dec_norm dec_proj dec_blocks_mid dec_norm_mid", u)
+        z = self.run("dec_up dec_blocks dec_norm decoder_mlp", x)  #                 (..., h, w, D)
         return z @ self.axes.T + self.center if self.config.adapter_pca else z
 
     @torch.no_grad()
@@ -284,22 +255,15 @@ class SVAEAdapter(Adapter):
         self.dec_norm.weight.fill_(unit)[-2:] = 0.0
 
 
-conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
-group_norm = partial(nn.GroupNorm, eps=1e-6)
-
-
 class ResidualBlock(nn.Module):
     """Add two 3x3 convolutions of the normalised input to the input."""
 
-    def __init__(self, channels_in: int, channels_out: int, config: PixelDecoderConfig):
+    def __init__(self, c_in: int, c_out: int, config: PixelDecoderConfig):
         super().__init__()
-        self.norm1 = group_norm(config.norm_groups, channels_in)
-        self.norm2 = group_norm(config.norm_groups, channels_out)
-        self.conv1 = conv3x3(channels_in, channels_out)
-        self.conv2 = conv3x3(channels_out, channels_out)
+        self.norm1, self.norm2 = (group_norm(config.norm_groups, c) for c in (c_in, c_out))
+        self.conv1, self.conv2 = conv3x3(c_in, c_out), conv3x3(c_out, c_out)
         self.dropout = nn.Dropout(config.dropout)
-        same = channels_in == channels_out
-        self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
@@ -343,15 +307,15 @@ class PixelDecoder(nn.Module):
         self.mid_block2 = ResidualBlock(width, width, config)
         self.up_levels = nn.Sequential()
         for i, (inner, n) in enumerate(pairwise([width, *widths])):
-            level, inputs = nn.Sequential(), [inner] + [n] * (config.num_res_blocks - 1)
-            blocks = (ResidualBlock(m, n, config) for m in inputs)
-            level.add_module("blocks", nn.Sequential(*blocks))
+            inputs = [inner] + [n] * (config.num_res_blocks - 1)
+            blocks = nn.Sequential(*(ResidualBlock(m, n, config) for m in inputs))
+            level = OrderedDict(blocks=blocks)
             if GRID << i in config.attn_resolutions:
-                level.add_module("attn", SpatialAttention(n, config))
+                level["attn"] = SpatialAttention(n, config)
             if i < len(widths) - 1:
-                level.add_module("upsample", nn.Sequential(nn.Upsample(scale_factor=2.0)))
-                level.upsample.add_module("conv", conv3x3(n, n))
-            self.up_levels.append(level)
+                up = OrderedDict(grow=nn.Upsample(scale_factor=2.0), conv=conv3x3(n, n))
+                level["upsample"] = nn.Sequential(up)
+            self.up_levels.append(nn.Sequential(level))
         self.norm_out, self.conv_out = group_norm(config.norm_groups, n), conv3x3(n, 3)
 
     def forward(self, u: Tensor) -> Tensor:
@@ -371,21 +335,65 @@ class PixelDecoder(nn.Module):
 
 def create_adapter(config: AdapterConfig, input_dim: int) -> Adapter:
     """Build an untrained adapter for features of width `input_dim`; its heads must divide it."""
-    classes = {"identity": Adapter, "mlp": MLPAdapter, "svae": SVAEAdapter}
-    return classes[config.adapter_type](config, input_dim)
+    return Adapter(config, input_dim)
+
+
+def pack(**parts: nn.Module | None) -> tuple[dict, dict]:
+    """Lay modules out for one file: tensors `part.name` and metadata `part_config`."""
+    tensors, metadata = {}, {}
+    for part, module in parts.items():
+        state = module.state_dict() if module else {}
+        tensors |= {f"{part}.{name}": tensor for name, tensor in state.items()}
+        metadata[f"{part}_config"] = module and dataclasses.asdict(module.config)
+    return tensors, metadata
+
+
+def unpack(part: str, make: Callable, tensors: dict, metadata: dict, where: str):
+    """Make a part of a file, in eval mode, if it has it; no memory is taken before shapes agree."""
+    if metadata[f"{part}_config"] is None:
+        return None
+    with torch.device("meta"):
+        module = data.config_from(make, metadata[f"{part}_config"], where)
+    state = {n[len(part) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{part}.")}
+    if wrong := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
+        raise InputError(f"{where}: {wrong[0]} holds no real numbers; copy the file again")
+    data.load_strictly(module, {name: t.to("meta") for name, t in state.items()}, where)
+    data.load_strictly(module.to_empty(device="cpu"), state, where)
+    return module.eval()
 
 
 def save_adapter(path: str | Path, adapter: Adapter, pixel_decoder: PixelDecoder | None) -> None:
     """Write weights, configs and the encoder they belong to as one safetensors file."""
-    tensors, metadata = {}, {"pixel_decoder_config": None}
-    metadata |= {
-        n: getattr(adapter, n) for n in ("input_dim", "encoder_config", "encoder_fingerprint")
-    }
-    for part, module in (("adapter", adapter), ("pixel_decoder", pixel_decoder)):
-        if module is not None:
-            tensors |= {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()}
-            metadata[f"{part}_config"] = dataclasses.asdict(module.config)
+    tensors, metadata = pack(adapter=adapter, pixel_decoder=pixel_decoder)
+    for name in ("input_dim", "encoder_config", "encoder_fingerprint"):
+        metadata[name] = getattr(adapter, name)
     data.save_tensors(path, tensors, metadata)
+
+
+def read_released(path: str | Path) -> tuple[dict, dict]:
+    """Translate a released file into ours: (tensors, metadata)."""
+
+    def pick(cls: type, given: dict) -> dict:  # no shape shows heads: unknown ones stay, to fail
+        names = [name for name in given if hasattr(cls, name) or "head" in name]
+        return {name: given[name] for name in names if given[name] is not None}
+
+    file = dict(data.load_torch(path))
+    config, state = file["adapter_config"], data.strip_prefixes(file["adapter"], WRAPPERS)
+    tensors, paint = {f"adapter.{name}": tensor for name, tensor in state.items()}, None
+    last = {"svae": "dec_norm.weight", "mlp": "decoder_mlp.4.weight"}.get(config["adapter_type"])
+    input_dim = len(state[last]) if last else config["adapter_latent_dim"]
+    if state := data.strip_prefixes(file.get("pixel_decoder") or {}, WRAPPERS):
+        # Configs without attn_* entries are older than attention inside the levels.
+        paint = {"attn_resolutions": (), "attn_heads": 1} | file["pixel_decoder_config"]
+        paint = pick(PixelDecoderConfig, paint)
+        input_dim = input_dim if last else paint["latent_dim"]
+        for name, tensor in state.items():  # only the doubling of time has weights of three axes
+            place, _, kind = name.rpartition(".")
+            place = "temporal_upsample" if state[f"{place}.weight"].ndim == 3 else place
+            tensors[f"pixel_decoder.{place}.{kind}"] = tensor
+    metadata = {"adapter_config": pick(AdapterConfig, config), "pixel_decoder_config": paint}
+    metadata |= {"encoder_config": file.get("encoder_config"), "encoder_fingerprint": None}
+    return tensors, {**metadata, "input_dim": input_dim}
 
 
 def load_adapter(
@@ -396,76 +404,21 @@ def load_adapter(
     fingerprint  of the encoder that will feed the adapter; None: not compared
     Raises InputError when the file is damaged or belongs to another encoder.
     """
-    try:
+    remedy = "choose a file of train_adapter.py or a released adapter, or copy it again"
+    with data.reading(path, remedy, RuntimeError, *data.DAMAGED):
         read = data.load_tensors if Path(path).suffix == ".safetensors" else read_released
         tensors, metadata = read(path)
-        make = partial(create_adapter, input_dim=metadata["input_dim"])
-        adapter = build("adapter", make, AdapterConfig, tensors, metadata, str(path))
-        pixel_decoder = build(
-            "pixel_decoder", PixelDecoder, PixelDecoderConfig, tensors, metadata, str(path)
-        )
-        adapter.encoder_config = metadata["encoder_config"]
-        adapter.encoder_fingerprint = metadata["encoder_fingerprint"]
+        makers = {
+            "adapter": lambda **given: Adapter(AdapterConfig(**given), metadata["input_dim"]),
+            "pixel_decoder": lambda **given: PixelDecoder(PixelDecoderConfig(**given)),
+        }
+        parts = (unpack(*item, tensors, metadata, f"{path}") for item in makers.items())
+        adapter, pixel_decoder = parts
+        adapter.encoder_config = encoder = metadata["encoder_config"]
+        adapter.encoder_fingerprint = own = metadata["encoder_fingerprint"]
         # A released file names only the type of its encoder, which every fingerprint begins with.
-        own = adapter.encoder_fingerprint or (adapter.encoder_config or {}).get("encoder_type")
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
-        raise InputError(
-            f"{path}: does not describe an adapter ({type(error).__name__}: {error}); choose a file "
-            "that train_adapter.py wrote or a released adapter, or copy it again"
-        ) from error
+        own = own or (encoder or {}).get("encoder_type")
     if fingerprint and own and not f"{fingerprint}-".startswith(f"{own}-"):
-        raise InputError(
-            f"{path}: belongs to encoder {own}, not to {fingerprint}; choose that encoder with the "
-            "weights and options the adapter was trained on, or another adapter"
-        )
+        other = f"belongs to encoder {own}, not to {fingerprint}; choose that encoder, with the"
+        raise InputError(f"{path}: {other} weights and options of its training, or another file")
     return adapter, pixel_decoder
-
-
-def build(
-    part: str, make: Callable, cls: type, tensors: dict, metadata: dict, where: str
-) -> nn.Module | None:
-    """Make a part of a file, in eval mode, if it has it; no memory is taken before shapes agree."""
-    if metadata[f"{part}_config"] is None:
-        return None
-    config = data.config_from(cls, metadata[f"{part}_config"], where)
-    state = {n[len(part) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{part}.")}
-    if wrong := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
-        raise InputError(f"{where}: {wrong[0]} holds no real numbers; copy the file again")
-    try:
-        with torch.device("meta"):
-            module = make(config)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"{where}: its config cannot be built: {error}") from error
-    data.load_strictly(module, {name: t.to("meta") for name, t in state.items()}, where)
-    data.load_strictly(module.to_empty(device="cpu"), state, where)
-    return module.eval()
-
-
-def read_released(path: str | Path) -> tuple[dict, dict]:
-    """Translate a released file into ours: (tensors, metadata)."""
-
-    def pick(cls: type, values: dict) -> dict:  # no shape shows heads: unknown ones stay, to fail
-        names = {field.name for field in dataclasses.fields(cls)}
-        return {n: v for n, v in values.items() if v is not None and (n in names or "head" in n)}
-
-    file = data.load_torch(path)
-    if not isinstance(file, dict):
-        raise InputError(
-            f"{path}: holds no dict of adapter_config and adapter; give an adapter file"
-        )
-    config, state = file["adapter_config"], data.strip_prefixes(file["adapter"], WRAPPERS)
-    tensors, paint = {f"adapter.{name}": tensor for name, tensor in state.items()}, None
-    last = {"svae": "dec_norm.weight", "mlp": "decoder_mlp.4.weight"}.get(config["adapter_type"])
-    input_dim = state[last].shape[0] if last else config["adapter_latent_dim"]
-    if state := data.strip_prefixes(file.get("pixel_decoder") or {}, WRAPPERS):
-        # Configs without attn_* entries are older than attention inside the levels.
-        paint = {"attn_resolutions": (), "attn_heads": 1, **file["pixel_decoder_config"]}
-        paint = pick(PixelDecoderConfig, paint)
-        input_dim = input_dim if last else paint["latent_dim"]
-        for name, tensor in state.items():  # only the doubling of time has weights of three axes
-            place, _, kind = name.rpartition(".")
-            place = "temporal_upsample" if state[f"{place}.weight"].ndim == 3 else place
-            tensors[f"pixel_decoder.{place}.{kind}"] = tensor
-    metadata = {"adapter_config": pick(AdapterConfig, config), "pixel_decoder_config": paint}
-    metadata |= {"encoder_config": file.get("encoder_config"), "encoder_fingerprint": None}
-    return tensors, {**metadata, "input_dim": input_dim}

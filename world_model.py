@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import data as files
-from adapter import load_adapter
+from adapter import load_adapter, pack
 from data import InputError
 from diffusion import Objective, draw, objective_from
 from dit import ContextCache, DiT, load_dit, merge_views, split_views
@@ -46,19 +46,16 @@ class LatentSpace(nn.Module):
         super().__init__()
         self.encoder, self.adapter, self.pixel_decoder = encoder, adapter, pixel_decoder
         self.num_views, self.temporal_stride = num_views, encoder.temporal_stride
-        self.latent_dim = adapter.latent_dim if adapter else encoder.latent_dim
+        self.latent_dim = (adapter or encoder).latent_dim
         self.has_decoder = pixel_decoder is not None or encoder.has_decoder
         self.register_buffer("mean", None, persistent=False)
         self.register_buffer("std", None, persistent=False)
         self.eval().requires_grad_(False)
 
-    @torch.no_grad()
     def features(self, frames: Tensor) -> Tensor:
         """Give the unscaled latents of each view: (..., T, H, W, 3) -> (..., T', h, w, C)."""
         z = self.encoder.encode(frames)
-        if self.adapter is None:
-            return z
-        return self.adapter.encode(z.flatten(0, -5)).float().view(*z.shape[:-1], -1)
+        return self.adapter.encode(z).float() if self.adapter else z
 
     def finish(self, features: Tensor) -> Tensor:
         """Turn `features`, fresh or cached, into z: (B, [V,] T', h, w, C) -> (B, T', h, V w, C)."""
@@ -69,17 +66,13 @@ class LatentSpace(nn.Module):
         """Encode clips: (B, [V,] T, H, W, 3) -> (B, T', h, V w, C), float32."""
         return self.finish(self.features(frames))
 
-    @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Decode latents: (B, T', h, V w, C) -> (B, [V,] T, H, W, 3), float32 in [0, 1]."""
-        B, V = len(z), self.num_views
-        z = split_views(z, V).flatten(0, 1) if V > 1 else z
+        z = split_views(z, self.num_views) if self.num_views > 1 else z
         z = z if self.mean is None else z * self.std + self.mean
-        if self.pixel_decoder is not None:
-            frames = self.pixel_decoder(z).float().clamp(0, 1)
-        else:
-            frames = self.encoder.decode(self.adapter.decode(z) if self.adapter else z)
-        return frames.unflatten(0, (B, V)) if V > 1 else frames
+        if self.pixel_decoder:
+            return self.pixel_decoder(z).float().clamp(0, 1)
+        return self.encoder.decode(self.adapter.decode(z) if self.adapter else z)
 
     def group_actions(self, actions: Tensor) -> Tensor:
         """Put the actions of a latent's frames side by side: (B, T, A) -> (B, T', stride A)."""
@@ -103,11 +96,11 @@ def build_latent_space(config: EncoderConfig, adapter_path=None, num_views=1) ->
     return LatentSpace(encoder, *parts, num_views=num_views)
 
 
-# ------------------------------------------------------------------------------------------------
-# Planning. cost maps candidates (N, k, A) to (N,). Entries of `start` (k, A) outside `dims` stay as
-# they are, the others stay in [-limit, limit]. All return the best actions seen (k, A), their cost.
+# -- Planning: a cost maps candidates (N, k, A) to (N,). The entries `dims` of `start` (k, A) are
+# searched in [-LIMIT, LIMIT], the others stay; -> the best actions seen (k, A) and their cost.
 
 SEARCHED = range(7)  # position, rotation, gripper; the base does not move
+LIMIT = 2.0  # of every number of an action, in model units [code of 2605.06388]
 
 
 def replace_dims(start: Tensor, dims: Sequence[int], values: Tensor) -> Tensor:
@@ -116,31 +109,29 @@ def replace_dims(start: Tensor, dims: Sequence[int], values: Tensor) -> Tensor:
     return start.expand(len(values), -1, -1).index_copy(2, index, values)
 
 
-def plan_cem(
-    cost, start, dims=SEARCHED, limit=2.0, population=400, elites=50, iterations=5, generator=None
-):
+def plan_cem(cost, start, dims=SEARCHED, population=400, elites=50, iterations=5, generator=None):
     """Fit a Gaussian to the best candidates again and again [cross-entropy; 2605.06388, B.5]."""
     if not 2 <= elites <= population or iterations < 1:
         raise InputError(f"CEM: {elites} elites of {population}; keep 2 or more in 1 turn or more")
-    mean, std, tried = start[:, list(dims)], 2 * limit / 4, []  # a quarter of the range
+    mean, std, tried = start[:, list(dims)], LIMIT / 2, []  # a quarter of the range
     for _ in range(iterations):
         eps = draw(torch.randn, (population, *mean.shape), start, generator)
-        values = (mean + std * eps).clamp(-limit, limit)
+        values = (mean + std * eps).clamp(-LIMIT, LIMIT)
         costs, order = cost(replace_dims(start, dims, values)).sort()
-        tried.append((costs[0], values[order[:1]]))
         elite = values[order[:elites]]
+        tried.append((costs[0], elite[:1]))
         mean, std = elite.mean(0), elite.std(0).clamp_min(1e-4)
     best_cost, best = min(tried, key=lambda pair: pair[0])
     return replace_dims(start, dims, best)[0], best_cost
 
 
-def plan_gradient(cost, start, dims=SEARCHED, limit=2.0, steps=50, lr=0.01):
+def plan_gradient(cost, start, dims=SEARCHED, steps=50, lr=0.01):
     """Descend the cost's gradient with Adam."""
     free, tried = start[None, :, list(dims)].clone().requires_grad_(True), []
     adam = torch.optim.Adam([free], lr=lr)
     for _ in range(steps + 1):
         with torch.enable_grad():
-            actions = replace_dims(start, dims, free.clamp(-limit, limit))
+            actions = replace_dims(start, dims, free.clamp(-LIMIT, LIMIT))
             value = cost(actions)[0]
             (free.grad,) = torch.autograd.grad(value, free)
         tried.append((value.detach(), actions[0].detach()))
@@ -148,24 +139,22 @@ def plan_gradient(cost, start, dims=SEARCHED, limit=2.0, steps=50, lr=0.01):
     return min(tried, key=lambda pair: pair[0])[::-1]
 
 
-def plan_grid(cost, start, dims=range(3), limit=2.0, points=5, most=100_000):
-    """Try every combination of evenly spaced values; refuse more than `most` of them."""
+def plan_grid(cost, start, dims=range(3), points=5):
+    """Try every combination of evenly spaced values, at most 100,000."""
     free = len(dims) * len(start)
-    if points**free > most:
-        count = f"{points} points for {free} numbers are {points**free} candidates, over {most}"
+    if points**free > 100_000:
+        count = f"{points} points for {free} numbers are {points**free} candidates, over 100000"
         raise InputError(f"grid: {count}; take fewer numbers or points, or CEM")
-    grid = torch.cartesian_prod(*[torch.linspace(-limit, limit, points)] * free).to(start)
+    grid = torch.cartesian_prod(*[torch.linspace(-LIMIT, LIMIT, points)] * free).to(start)
     candidates = replace_dims(start, dims, grid.view(-1, len(start), len(dims)))
-    costs = cost(candidates)
-    return candidates[costs.argmin()], costs.min()
+    best_cost, best = cost(candidates).min(0)
+    return candidates[best], best_cost
 
 
 PLANNERS = {"cem": plan_cem, "gradient": plan_gradient, "grid": plan_grid}
 
 
-def candidate_cost(
-    model, objective, z_context, known, z_target, noise, last_action=None, batch: int = 32
-) -> Callable[[Tensor], Tensor]:
+def candidate_cost(model, objective, z_context, known, z_target, noise, last_action=None):
     """Make the cost of k candidate actions: squared distance of the dreamed latents to a target.
 
     The first action goes beside the last context frame, the others beside the first k - 1 dreamed
@@ -177,34 +166,30 @@ def candidate_cost(
     last_action       (A,)   beside the last dreamed frame; None: the candidate's last
     """
     k, cached = len(noise), hasattr(model, "encode_context")
-    room = model.config.max_frames - k if hasattr(model, "config") else len(z_context)
-    if room < 1:
+    if (n := min(len(z_context), model.config.max_frames - k)) < 1:
         raise InputError(f"horizon {k}: the model sees {model.config.max_frames} frames in all")
-    z_context, known = z_context[-room:], known[max(0, len(z_context) - room) :]
+    z_context, known = z_context[-n:], known[len(known) + 1 - n :]
     shared = objective.encode_context(model, z_context[None, :-1], known[None]) if cached else None
 
-    def spread(x: Tensor, a: Tensor) -> Tensor:
-        return x.expand(len(a), *x.shape)
-
-    def dream(a: Tensor) -> Tensor:
-        net, z, cache = model, z_context[-1:], shared and shared.expand(len(a), room=k + 1)
+    def dream(a: Tensor) -> Tensor:  # (N, n + k, A) -> (N,)
+        net, cache = model, shared and shared.expand(len(a), room=k + 1)
         if a.requires_grad or not cached:  # autograd cannot pass through a cache: hide it
-            net, z, cache = functools.partial(model), z_context, None
-            a = torch.cat((spread(known, a), a), 1)
-        z, _ = objective.extend(net, spread(z, a), a, spread(noise, a), cache=cache)
+            net, cache = functools.partial(model), None
+        z, eps = (x.expand(len(a), *x.shape) for x in (z_context, noise))
+        z, _ = objective.extend(net, z, a, eps, cache=cache)
         return (z[:, -len(z_target) :] - z_target).square().mean((1, 2, 3, 4))
 
     def cost(candidates: Tensor) -> Tensor:
-        last = candidates[:, -1] if last_action is None else spread(last_action, candidates)
-        a = torch.cat((candidates, last[:, None]), 1)  # (N, k + 1, A)
+        N, last = len(candidates), candidates[:, -1:]
+        last = last if last_action is None else last_action.expand(N, 1, -1)
+        a = torch.cat((known.expand(N, *known.shape), candidates, last), 1)
         with torch.set_grad_enabled(candidates.requires_grad):
-            return torch.cat([dream(part) for part in a.split(batch)])
+            return torch.cat([dream(part) for part in a.split(32)])
 
     return cost
 
 
-# ------------------------------------------------------------------------------------------------
-# The one file of a trained model, and the model.
+# -- The one file of a trained model, and the model.
 
 
 def save_world_model(path: str | Path, dit: DiT, objective: Objective, space: LatentSpace, data):
@@ -212,16 +197,12 @@ def save_world_model(path: str | Path, dit: DiT, objective: Objective, space: La
 
     data  {image_size, stride, num_history, action_merge, action_mapping, fps}
     """
-    metadata = {"objective": objective.to_dict(), "data": data}
-    metadata |= {"encoder_config": dataclasses.asdict(space.encoder.config)}
-    metadata |= {"encoder_fingerprint": space.encoder.fingerprint}
-    metadata |= {"input_dim": space.encoder.latent_dim}
-    tensors = {} if space.mean is None else {"latent.mean": space.mean, "latent.std": space.std}
-    parts = {"dit": dit, "adapter": space.adapter, "pixel_decoder": space.pixel_decoder}
-    for part, module in parts.items():
-        metadata[f"{part}_config"] = module and dataclasses.asdict(module.config)
-        state = module.state_dict() if module else {}
-        tensors |= {f"{part}.{name}": tensor for name, tensor in state.items()}
+    encoder = space.encoder
+    tensors, metadata = pack(dit=dit, adapter=space.adapter, pixel_decoder=space.pixel_decoder)
+    tensors |= {} if space.mean is None else {"latent.mean": space.mean, "latent.std": space.std}
+    metadata |= {"objective": objective.to_dict(), "data": data, "input_dim": encoder.latent_dim}
+    metadata["encoder_config"] = dataclasses.asdict(encoder.config)
+    metadata["encoder_fingerprint"] = encoder.fingerprint
     files.save_tensors(path, tensors, metadata)
 
 
@@ -231,25 +212,17 @@ def load_world_model(path: str | Path, encoder_weights=None, decoder_weights=Non
     tensors, metadata = files.load_tensors(where)
     if not {"objective", "encoder_config", "encoder_fingerprint", "data"} <= metadata.keys():
         raise InputError(f"{where}: is not a world model; give world_model.safetensors of a run")
-    objective = objective_from(metadata["objective"], where)
-    values, fingerprint = dict(metadata["encoder_config"]), metadata["encoder_fingerprint"]
-    paths = {"weights": encoder_weights, "decoder_weights": decoder_weights}
-    values |= {name: path for name, path in paths.items() if path}
+    given = {"weights": encoder_weights, "decoder_weights": decoder_weights}
+    values = metadata["encoder_config"] | {name: path for name, path in given.items() if path}
     encoder = create_autoencoder(files.config_from(EncoderConfig, values, where))
-    if encoder.fingerprint != fingerprint:
-        found = f"was trained on encoder {fingerprint}, here is {encoder.fingerprint}"
+    if encoder.fingerprint != (trained := metadata["encoder_fingerprint"]):
+        found = f"was trained on encoder {trained}, here is {encoder.fingerprint}"
         raise InputError(f"{where}: {found}; point encoder_weights at the weights of its training")
     dit, adapted = load_dit(where), metadata.get("adapter_config") is not None
-    parts = load_adapter(where, fingerprint) if adapted else ()
+    parts = load_adapter(where, trained) if adapted else ()
     space = LatentSpace(encoder, *parts, num_views=dit.config.num_views)
     space.mean, space.std = tensors.get("latent.mean"), tensors.get("latent.std")
-    return dit, objective, space, metadata["data"]
-
-
-def as_floats(frames: Array) -> Tensor:
-    """Turn uint8 frames into floats in [0, 1]; floats pass."""
-    frames = torch.as_tensor(frames)
-    return frames / 255 if frames.dtype == torch.uint8 else frames.float()
+    return dit, objective_from(metadata["objective"], where), space, metadata["data"]
 
 
 class WorldModel:
@@ -270,16 +243,17 @@ class WorldModel:
     ):
         if not isinstance(parts := checkpoint_path, tuple):
             parts = load_world_model(checkpoint_path, encoder_weights, decoder_weights)
-        dit, self.objective, space, self.data = parts
-        if device is None:
-            device = "mps" if torch.backends.mps.is_available() else "cpu"
-            device = "cuda" if torch.cuda.is_available() else device
-        if dit.config.in_channels != (C := space.latent_dim):
-            channels = f"the DiT predicts {dit.config.in_channels} channels, the latents have {C}"
+        self.dit, self.objective, self.space, self.data = parts
+        if device is None and torch.accelerator.is_available():
+            device = torch.accelerator.current_accelerator()
+        config, C = self.dit.config, self.space.latent_dim
+        if config.in_channels != C:
+            channels = f"the DiT predicts {config.in_channels} channels, the latents have {C}"
             raise InputError(f"{channels}; choose the encoder and adapter of its training")
-        self.device, self.sampler, self.space = torch.device(device), sampler, space.to(device)
-        self.dit = dit.eval().requires_grad_(False).to(device)
-        self.action_dim = dit.config.action_dim // space.temporal_stride
+        self.device, self.sampler = torch.device(device or "cpu"), sampler
+        self.dit.eval().requires_grad_(False).to(self.device)
+        self.space.to(self.device)
+        self.action_dim = config.action_dim // self.space.temporal_stride
         self.z: Tensor | None = None  # (B, n, h, V w, C) known latents, at most a window of them
         self.actions: Tensor | None = None  # (B, frames of z, A) the newest slot is still open
         self.cache: ContextCache | None = None  # keys and values of all but the newest of z
@@ -298,44 +272,17 @@ class WorldModel:
         """Go back to what `state` returned."""
         self.z, self.actions, self.cache, self.batched = copy.deepcopy(state)
 
-    # -- checks: a batch axis for everything, one sentence for what does not fit
-
-    def _known(self) -> Tensor:
-        if self.z is None:
-            raise InputError("the world model knows no frame yet; call reset(frames) first")
-        return self.z
-
-    def _frames(self, frames: Array) -> tuple[Tensor, bool]:
-        """Give frames a batch axis and the model's device: (frames, had they one already)."""
-        frames, V, s = as_floats(frames), self.space.num_views, self.space.temporal_stride
-        size, axes = self.data["image_size"], 5 + (V > 1)
-        batched, shape = frames.ndim == axes, tuple(frames.shape)
-        frames = (frames if batched else frames[None]).to(self.device)
-        fits = frames.ndim == axes and frames.shape[-3:] == (size, size, 3) and frames.shape[-4]
-        if not fits or frames.shape[-4] % s or (V > 1 and frames.shape[1] != V):
-            layout = f"([B,] {f'{V} views, ' if V > 1 else ''}T, {size}, {size}, 3)"
-            packs = f" with T a multiple of {s}" if s > 1 else ""
-            raise InputError(f"frames are {shape}; give this model {layout}{packs}, RGB last")
-        return frames, batched
-
-    def _actions(self, actions: Array) -> Tensor:
-        """Give actions batch and time axes: (B, K, A), float32 on the model's device."""
-        given = torch.as_tensor(actions, dtype=torch.float32, device=self.device)
-        actions = given[None] if given.ndim == 1 else given
-        if actions.ndim == 2:
-            actions = actions[:, None] if self.batched else actions[None]
-        B, A = len(self._known()), self.action_dim
-        if actions.ndim != 3 or actions.shape[::2] != (B, A) or not actions.shape[1]:
-            takes = f"([{B},] K, {A}), a robot's own numbers through map_actions"
-            raise InputError(f"actions are {tuple(given.shape)}; this model takes {takes}")
-        if not actions.isfinite().all():
-            raise InputError("actions hold NaN or infinity; mend them before the rollout")
-        return actions
-
     def encode(self, frames: Array) -> Tensor:
         """Encode frames ([B,] [V,] T, H, W, 3) to latents ([B,] T', h, V w, C)."""
-        frames, batched = self._frames(frames)
-        z = self.space.encode(frames)
+        frames, V, s = torch.as_tensor(frames), self.space.num_views, self.space.temporal_stride
+        size, shape, views = self.data["image_size"], tuple(frames.shape), (V,) * (V > 1)
+        batched, T = len(shape) == 5 + len(views), shape[-4] if len(shape) > 3 else 0
+        if not T or T % s or shape[batched:] != (*views, T, size, size, 3):
+            layout = f"([B,] {f'{V} views, ' * len(views)}T, {size}, {size}, 3)"
+            packs = f" with T a multiple of {s}" * (s > 1)
+            raise InputError(f"frames are {shape}; give this model {layout}{packs}, RGB last")
+        frames = frames if frames.dtype == torch.uint8 else frames.float()  # MPS has no float64
+        z = self.space.encode((frames if batched else frames[None]).to(self.device))
         return z if batched else z[0]
 
     def decode(self, z: Tensor) -> Tensor:
@@ -344,46 +291,64 @@ class WorldModel:
 
     def map_actions(self, raw: Array) -> Tensor:
         """Turn raw robot actions (..., 7), in units of the data set, into model units (..., A)."""
-        return torch.as_tensor(files.map_actions(np.asarray(raw), self.data["action_mapping"]))
+        return torch.as_tensor(files.map_actions(raw, self.data["action_mapping"]))
 
-    # -- dreaming
+    def _actions(self, actions: Array) -> Tensor:
+        """Give actions batch and time axes: (B, K, A), float32 on the model's device."""
+        if self.z is None:
+            raise InputError("the world model knows no frame yet; call reset(frames) first")
+        given = torch.as_tensor(actions, dtype=torch.float32, device=self.device)
+        actions = given[None] if given.ndim == 1 else given
+        if actions.ndim == 2:
+            actions = actions[:, None] if self.batched else actions[None]
+        B, A = len(self.z), self.action_dim
+        if actions.ndim != 3 or actions.shape[::2] != (B, A) or not actions.shape[1]:
+            takes = f"([{B},] K, {A}), a robot's own numbers through map_actions"
+            raise InputError(f"actions are {tuple(given.shape)}; this model takes {takes}")
+        if not actions.isfinite().all():
+            raise InputError("actions hold NaN or infinity; mend them before the rollout")
+        return actions
 
-    def reset(self, frames: Array, actions: Array | None = None) -> None:
-        """Start from n known frames, oldest first, and the n - 1 actions between; None: zeros."""
-        frames, self.batched = self._frames(frames)
-        n, self.z, self.cache = frames.shape[-4], self.space.encode(frames), None
-        self.actions = self.z.new_zeros(len(frames), n, self.action_dim)
+    def reset(self, frames: Array, actions: Array | None = None) -> Tensor:
+        """Start from n known frames, oldest first, and the n - 1 actions between; None: zeros.
+
+        -> the frames as floats, on the model's device
+        """
+        frames = torch.as_tensor(frames)
+        frames = (frames / 255 if frames.dtype == torch.uint8 else frames.float()).to(self.device)
+        z = self.encode(frames)
+        self.batched, self.cache = z.ndim == 5, None
+        self.z = z if self.batched else z[None]
+        n = self.z.shape[1] * self.space.temporal_stride
+        self.actions = self.z.new_zeros(len(self.z), n, self.action_dim)
         if actions is not None and n > 1:
             known = self._actions(actions)
             if known.shape[1] != n - 1:
                 raise InputError(f"{known.shape[1]} actions for {n} frames; give {n - 1}")
             self.actions[:, :-1] = known
+        return frames
 
     @torch.no_grad()
-    def _dream(self, actions: Tensor, noise=None, generator=None) -> Tensor:
-        """Dream K frames; actions (B, K + 1, A) beside the newest known frame and the new ones."""
-        (B, n, *cell), s, K = self.z.shape, self.space.temporal_stride, actions.shape[1] - 1
-        if K % s:
+    def generate_chunk(self, actions: Array, noise=None, generator=None, last=None) -> Tensor:
+        """Dream one frame for each action: a[0] goes beside the newest known frame.
+
+        Beside the last new frame stands `last` (B, 1, A), else a copy of a[-1], until the next call
+        overwrites its slot.
+        actions  (A,), (K, A) or (B, K, A); of a batch also (B, A)   ->  ([B,] [V,] K, H, W, 3)
+        """
+        actions, s, (B, n, *cell) = self._actions(actions), self.space.temporal_stride, self.z.shape
+        if (K := actions.shape[1]) % s:
             raise InputError(f"{K} frames to dream: a latent holds {s}; ask for a multiple")
         if noise is None:
             noise = draw(torch.randn, (B, K // s, *cell), self.z, generator)
-        actions = torch.cat((self.actions[:, :-1], actions), 1)  # (B, s n + K, A)
+        last = actions[:, -1:] if last is None else last
+        actions = torch.cat((self.actions[:, :-1], actions, last), 1)  # (B, s n + K, A)
         beside, keep = self.space.group_actions(actions), self.dit.config.max_frames
         known = self.dit, self.z, beside, noise.to(self.z)
         z, self.cache = self.objective.extend(*known, cache=self.cache, **self.sampler)
         self.z, self.actions = z[:, -keep:], actions[:, -keep * s :]
         frames = self.space.decode(z[:, n:])
         return frames if self.batched else frames[0]
-
-    def generate_chunk(self, actions: Array, **draws: Any) -> Tensor:
-        """Dream one frame for each action: a[0] goes beside the newest known frame.
-
-        The last new frame holds a copy of a[-1] until the next call overwrites its slot.
-
-        actions  (A,), (K, A) or (B, K, A); of a batch also (B, A)   ->  ([B,] [V,] K, H, W, 3)
-        """
-        actions = self._actions(actions)
-        return self._dream(torch.cat((actions, actions[:, -1:]), 1), **draws)
 
     def step(self, action: Array, **draws: Any) -> Tensor:
         """Dream the next frame: action (A,) or (B, A) -> ([B,] [V,] H, W, 3)."""
@@ -394,13 +359,13 @@ class WorldModel:
 
         actions ([B,] T, A), T > n  ->  the n frames as given, then T - n new ones
         """
-        self.reset(frames)
-        actions, n = self._actions(actions), self.actions.shape[1]
+        known, actions = self.reset(frames), self._actions(actions)
+        n = self.actions.shape[1]
         if actions.shape[1] <= n:
             raise InputError(f"{actions.shape[1]} actions for {n} known frames; give more")
         self.actions = actions[:, :n]
-        new = self._dream(actions[:, n - 1 :], **draws)
-        return torch.cat((as_floats(frames).to(self.device), new), -4)
+        new = self.generate_chunk(actions[:, n - 1 : -1], last=actions[:, -1:], **draws)
+        return torch.cat((known, new), -4)
 
     def rollout_policy(
         self, policy: Callable, initial_frames: Array, steps: int, generator=None
@@ -410,29 +375,25 @@ class WorldModel:
         policy  newest frame ([B,] [V,] H, W, 3) -> actions (A,), (K, A), (B, A) or (B, K, A)
         ->      frames ([B,] [V,] n + steps, H, W, 3), actions ([B,] steps, A)
         """
-        self.reset(initial_frames)
-        video, taken = [as_floats(initial_frames).to(self.device)], []
+        video, taken = [self.reset(initial_frames)], []
         while (left := steps - sum(a.shape[1] for a in taken)) > 0:
             taken.append(self._actions(policy(video[-1].select(-4, -1)))[:, :left])
-            chunk = taken[-1] if self.batched else taken[-1][0]
-            video.append(self.generate_chunk(chunk, generator=generator))
+            video.append(self.generate_chunk(taken[-1], generator=generator))
         actions = torch.cat(taken, 1)
         return torch.cat(video, -4), actions if self.batched else actions[0]
 
     def plan(
         self, goal_frame: Array, horizon: int, method="cem", start=None, generator=None, **options
     ) -> Tensor:
-        """Search the actions that lead from the newest known frame to a goal frame.
+        """Search the actions (horizon, A) that lead from the newest known frame to a goal frame.
 
-        goal_frame  ([V,] H, W, 3)   to be reached after `horizon` steps
-        method      cem | gradient | grid, which take the `options`
+        goal_frame  ([V,] H, W, 3)   method  cem | gradient | grid, which take the `options`
         start       (horizon, A)     where the search begins; None: zeros
-        ->          (horizon, A)     in model units
         """
         if method not in PLANNERS or horizon < 1:
             raise InputError(f"plan: method is one of {', '.join(PLANNERS)}, horizon at least 1")
-        if len(self._known()) != 1 or self.space.temporal_stride != 1:
-            raise InputError("plan: works on one sample and on encoders with one frame a latent")
+        if self.z is None or len(self.z) != 1 or self.space.temporal_stride != 1:
+            raise InputError("plan: reset to one sample first; encoders must not pack two frames")
         z_goal = self.encode(torch.as_tensor(goal_frame).unsqueeze(-4))
         noise = draw(torch.randn, (horizon, *z_goal.shape[1:]), z_goal, generator)
         parts = self.dit, self.objective, self.z[0], self.actions[0, :-1], z_goal, noise
@@ -455,35 +416,27 @@ class Args:
     device: str | None = None  # default: cuda, mps or cpu, whichever is there
 
 
-def read_actions(path: str | None) -> Iterator[np.ndarray]:
-    """Yield the actions of a file, all at once (K, A), or those typed, one by one (A,)."""
-    try:
-        if path:
-            yield np.load(path) if path.endswith(".npy") else np.loadtxt(path, ndmin=2)
-        else:
-            print("one action a line, numbers separated by spaces; end with an empty line")
-            for line in iter(lambda: sys.stdin.readline().strip(), ""):
-                yield np.array(line.split(), float)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path or 'typed'}: {error}; give .npy, or one action a line") from error
-
-
 def main() -> None:
     args = files.parse_args(Args)
     model = WorldModel(args.checkpoint, args.device, args.encoder_weights)
-    if not Path(args.image).is_file():
-        raise files.MissingFileError(f"{args.image}: no such file; check the path")
-    picture, size = Path(args.image).read_bytes(), model.data["image_size"]
-    views = np.array_split(files.decode_frame(picture, None, args.image), model.space.num_views, 1)
-    views = [files.decode_frame(np.ascontiguousarray(x), size, args.image) for x in views]
-    frame = torch.from_numpy(np.stack(views))[:, None]  # (V, 1, H, W, 3)
-    model.reset(frame if len(views) > 1 else frame[0])
-    video, generator = [as_floats(frame)], torch.Generator().manual_seed(args.seed)
-    units = model.map_actions if args.raw else torch.as_tensor
-    for actions in read_actions(args.actions):
-        new = model.generate_chunk(units(actions), generator=generator).cpu()
-        video.append(new if len(views) > 1 else new[None])
-    files.write_gif(args.output, torch.cat(torch.cat(video, 1).unbind(), -2), model.data["fps"])
+    with files.reading(args.image, "give another picture"):
+        picture = files.decode_frame(Path(args.image).read_bytes(), None, args.image)
+    size, views = model.data["image_size"], np.array_split(picture, model.space.num_views, 1)
+    frames = np.stack([files.decode_frame(view, size, args.image) for view in views])[:, None]
+    if args.actions is None:
+        print("one action a line, numbers separated by spaces; end with an empty line")
+    typed = iter(lambda: sys.stdin.readline().strip(), "")
+    try:
+        binary = str(args.actions).endswith(".npy")
+        actions = np.load(args.actions) if binary else np.loadtxt(args.actions or typed, ndmin=2)
+    except (ValueError, OSError, EOFError) as error:
+        where = args.actions or "typed"
+        raise InputError(f"{where}: {error}; give .npy, or one action a line") from error
+    actions = model.map_actions(actions) if args.raw else torch.as_tensor(actions)
+    beside, seed = torch.cat((actions, actions[-1:])), torch.Generator().manual_seed(args.seed)
+    video = model.rollout(frames if len(views) > 1 else frames[0], beside, generator=seed)
+    video = torch.cat(video.unbind(), -2) if len(views) > 1 else video  # views side by side
+    files.write_gif(args.output, video, model.data["fps"])
     print(f"wrote {args.output}")
 
 

@@ -78,7 +78,8 @@ def test_frames_come_back_in_the_layout_they_were_given_in(model):
     assert batched.shape == (2, 4, 16, 16, 3) and 0 <= batched.min() and batched.max() <= 1
     model.reset(frames)
     assert model.step(actions[:, 0]).shape == (2, 16, 16, 3)
-    model.reset((frames[0] * 255).to(torch.uint8).numpy())
+    seen = (frames[0] * 255).to(torch.uint8)
+    assert torch.equal(model.reset(seen.numpy()), seen / 255)  # as a gym gives its first frame
     assert model.generate_chunk(actions[0]).shape == (4, 16, 16, 3)
     assert model.generate_chunk(actions[0, 0].numpy()).shape == (1, 16, 16, 3)
     assert model.step(actions[0, 0]).shape == (16, 16, 3)
@@ -201,6 +202,10 @@ def test_adapter_and_pixel_decoder_travel_in_the_file(tmp_path):
     assert torch.equal(model.encode(frames), z) and z.shape == (1, 2, 2, 2, 8)
     assert torch.equal(model.decode(z), space.decode(z))
     assert model.space.fingerprint == space.fingerprint != encoder.fingerprint
+    two = LatentSpace(encoder, adapter, space.pixel_decoder, num_views=2)
+    views = two.decode(two.encode(torch.stack((frames, frames.flip(2)), 1)))
+    assert torch.allclose(views[:, 0], space.decode(z), atol=1e-5)  # float32, other batches
+    assert torch.allclose(views[:, 1], space.decode(space.encode(frames.flip(2))), atol=1e-5)
 
 
 class Pairs(torch.nn.Module):
@@ -339,7 +344,8 @@ def test_the_command_line_dreams_from_files_and_from_typed_actions(tmp_path, mon
     assert run("--actions", tmp_path / "a.npy") == text
     assert run("--actions", tmp_path / "units.npy", "--raw", "false") == text
     lines = "".join(" ".join(map(str, a)) + "\n" for a in raw)
-    assert run(typed=lines + "\n") == run(typed=lines)  # ended by an empty line or the end
+    for end in ("", "\n"):  # the end of the input, or an empty line
+        assert run(typed=lines + end) == text
     (tmp_path / "words.txt").write_text("up up left")
     for words, complaint in (
         (["--actions", tmp_path / "words.txt"], "words.txt"),
