@@ -30,6 +30,10 @@ from data import InputError
 
 WRAPPERS = ("_orig_mod.", "module.")  # torch.compile and DDP put these before every key
 GRID = 16  # where the pixel decoder starts: 256x256 frames, 16 pixels a token
+OPTIONAL = (  # layers of an S-VAE that only some have
+    "enc_norm_high enc_down enc_blocks_mid dec_blocks_mid dec_norm_mid dec_up "
+    "latent_enc_blocks latent_enc_norm latent_dec_blocks latent_dec_norm"
+).split()
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 group_norm = partial(nn.GroupNorm, eps=1e-6)
 
@@ -141,13 +145,7 @@ def stack(count: int, width: int, heads: int, hidden: int) -> nn.Sequential:
 
 
 class Adapter(nn.Module):
-    """Compress features to latents and back, by the layers that its type has.
-
-    identity  none
-    mlp       each token alone, two hidden layers on both sides; no posterior
-    svae      semantic VAE: transformer blocks on both sides of a Gaussian bottleneck; a progressive
-              one narrows in two steps, D -> mid -> C; latent layers (blocks of width C) refine the
-              draw before and after it is u
+    """Pass features through: the identity adapter, and what every adapter can do.
 
     posterior(z) -> (mean, logvar)  of the Gaussian over latents; logvar None: deterministic
     refine(u)    -> u               from a draw (or the mean) to what decode and the DiT see
@@ -160,28 +158,62 @@ class Adapter(nn.Module):
 
     def __init__(self, config: AdapterConfig, input_dim: int):
         super().__init__()
-        self.config, self.input_dim, self.latent_dim = config, input_dim, config.adapter_latent_dim
-        if config.adapter_type == "identity":
-            self.latent_dim = input_dim
-        elif config.adapter_type == "mlp":
-            self.add_mlp(input_dim, self.latent_dim, config)
-        else:
-            self.add_svae(input_dim, self.latent_dim, config)
+        self.config, self.input_dim = config, input_dim
+        identity = config.adapter_type == "identity"
+        self.latent_dim = input_dim if identity else config.adapter_latent_dim
 
-    def add_mlp(self, D: int, C: int, config: AdapterConfig) -> None:
+    def posterior(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        assert z.shape[-1] == self.input_dim, (tuple(z.shape), self.input_dim)
+        return z, None
+
+    def refine(self, u: Tensor) -> Tensor:
+        return u
+
+    def encode(self, z: Tensor) -> Tensor:
+        """Return the latent of the posterior mean, in training mode too."""
+        return self.refine(self.posterior(z)[0])
+
+    def decode(self, u: Tensor) -> Tensor:
+        assert u.shape[-1] == self.latent_dim, (tuple(u.shape), self.latent_dim)
+        return u
+
+
+class MLPAdapter(Adapter):
+    """Map each token alone: two MLPs with two hidden layers, no posterior."""
+
+    def __init__(self, config: AdapterConfig, input_dim: int):
+        super().__init__(config, input_dim)
+        D, C = input_dim, self.latent_dim
         hidden = config.adapter_hidden_dim or (D + C) // 2
         for name, first, last in (("encoder_mlp", D, C), ("decoder_mlp", C, D)):
             a, b, c = (nn.Linear(*ends) for ends in pairwise((first, hidden, hidden, last)))
             self.add_module(name, nn.Sequential(a, nn.GELU(), b, nn.GELU(), c))
 
-    def add_svae(self, D: int, C: int, config: AdapterConfig) -> None:
-        heads, narrow_heads = config.adapter_num_heads, config.adapter_latent_heads
-        narrow_heads = narrow_heads or most_heads(C, 8)
+    def posterior(self, z: Tensor) -> tuple[Tensor, None]:
+        return self.encoder_mlp(super().posterior(z)[0]), None
+
+    def decode(self, u: Tensor) -> Tensor:
+        return self.decoder_mlp(super().decode(u))
+
+
+class SVAEAdapter(Adapter):
+    """Semantic VAE: transformer blocks on both sides of a Gaussian bottleneck.
+
+    A progressive one narrows in two steps, D -> mid -> C. With `adapter_latent_layers`, blocks of
+    width C refine the draw before and after it is u.
+    """
+
+    def __init__(self, config: AdapterConfig, input_dim: int):
+        super().__init__(config, input_dim)
+        D, C, heads = input_dim, self.latent_dim, config.adapter_num_heads
+        narrow_heads = config.adapter_latent_heads or most_heads(C, 8)
         if D % heads or C % narrow_heads:
             raise InputError(
                 f"heads must divide their width: adapter_num_heads {heads} the {D} features (try "
                 f"{most_heads(D, 16)}), adapter_latent_heads {narrow_heads} the {C} of the latent"
             )
+        for name in OPTIONAL:  # replaced below where they are wanted
+            self.add_module(name, nn.Identity())
         mid, layers = D, config.adapter_num_layers
         if config.adapter_progressive:
             mid, layers = config.adapter_mid_dim or int(math.sqrt(D * C)), max(layers - 1, 1)
@@ -203,30 +235,19 @@ class Adapter(nn.Module):
             self.latent_enc_blocks, self.latent_enc_norm = stack(*narrow), nn.LayerNorm(C)
             self.latent_dec_blocks, self.latent_dec_norm = stack(*narrow), nn.LayerNorm(C)
 
-    def run(self, layers: str, x: Tensor) -> Tensor:
-        """Apply the named layers in turn; what this adapter has not is passed over."""
-        for name in layers.split():
-            x = getattr(self, name)(x) if hasattr(self, name) else x
-        return x
-
-    def posterior(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        assert z.shape[-1] == self.input_dim, (tuple(z.shape), self.input_dim)
+    def posterior(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        z = super().posterior(z)[0]
         z = (z - self.center) @ self.axes if self.config.adapter_pca else z
-        u = self.run("encoder_mlp enc_blocks enc_norm_high enc_down enc_blocks_mid", z)
-        u = self.run("enc_norm enc_proj", u)  #                     (..., h, w, C), of an S-VAE 2 C
-        return u.chunk(2, dim=-1) if self.config.adapter_type == "svae" else (u, None)
+        x = self.enc_down(self.enc_norm_high(self.enc_blocks(z)))  #         (..., h, w, D or mid)
+        return self.enc_proj(self.enc_norm(self.enc_blocks_mid(x))).chunk(2, dim=-1)
 
     def refine(self, u: Tensor) -> Tensor:
-        return self.run("latent_enc_blocks latent_enc_norm", u)
-
-    def encode(self, z: Tensor) -> Tensor:
-        """Return the latent of the posterior mean, in training mode too."""
-        return self.refine(self.posterior(z)[0])
+        return self.latent_enc_norm(self.latent_enc_blocks(u))
 
     def decode(self, u: Tensor) -> Tensor:
-        assert u.shape[-1] == self.latent_dim, (tuple(u.shape), self.latent_dim)
-        x = self.run("latent_dec_blocks latent_dec_norm dec_proj dec_blocks_mid dec_norm_mid", u)
-        z = self.run("dec_up dec_blocks dec_norm decoder_mlp", x)  #                 (..., h, w, D)
+        x = self.latent_dec_norm(self.latent_dec_blocks(super().decode(u)))  #      (..., h, w, C)
+        x = self.dec_norm_mid(self.dec_blocks_mid(self.dec_proj(x)))  #      (..., h, w, D or mid)
+        z = self.dec_norm(self.dec_blocks(self.dec_up(x)))  #                       (..., h, w, D)
         return z @ self.axes.T + self.center if self.config.adapter_pca else z
 
     @torch.no_grad()
@@ -288,7 +309,7 @@ class SpatialAttention(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Paint frames from latents: u (..., T, h, w, C) -> (..., T, H, W, 3).
+    """Paint frames from latents: u (..., T, h, w, C) -> (..., T or 2 T, H, W, 3).
 
     A level is residual blocks, perhaps attention, and (but for the outermost) doubling of the size.
     With `temporal_upsample` T latents give 2 T frames.
@@ -335,7 +356,8 @@ class PixelDecoder(nn.Module):
 
 def create_adapter(config: AdapterConfig, input_dim: int) -> Adapter:
     """Build an untrained adapter for features of width `input_dim`; its heads must divide it."""
-    return Adapter(config, input_dim)
+    classes = {"identity": Adapter, "mlp": MLPAdapter, "svae": SVAEAdapter}
+    return classes[config.adapter_type](config, input_dim)
 
 
 def pack(**parts: nn.Module | None) -> tuple[dict, dict]:
@@ -409,11 +431,12 @@ def load_adapter(
         read = data.load_tensors if Path(path).suffix == ".safetensors" else read_released
         tensors, metadata = read(path)
         makers = {
-            "adapter": lambda **given: Adapter(AdapterConfig(**given), metadata["input_dim"]),
+            "adapter": lambda **given: create_adapter(
+                AdapterConfig(**given), metadata["input_dim"]
+            ),
             "pixel_decoder": lambda **given: PixelDecoder(PixelDecoderConfig(**given)),
         }
-        parts = (unpack(*item, tensors, metadata, f"{path}") for item in makers.items())
-        adapter, pixel_decoder = parts
+        adapter, pixel_decoder = (unpack(*x, tensors, metadata, f"{path}") for x in makers.items())
         adapter.encoder_config = encoder = metadata["encoder_config"]
         adapter.encoder_fingerprint = own = metadata["encoder_fingerprint"]
         # A released file names only the type of its encoder, which every fingerprint begins with.
