@@ -297,7 +297,7 @@ class DDPM(Objective):
         return [level / DDPM_LEVELS for level in self.grid()]
 
     def step(self, z: Tensor, v: Tensor, k: int) -> Tensor:
-        """Mix the clean frame and the noise that v implies anew [DDIM: Song et al. 2021, eq. 12]."""
+        """Mix the clean frame and noise that v implies anew  [DDIM: Song et al. 2021, eq. 12]."""
         levels, table = self.grid()[k : k + 2], alphas_cumprod().tolist()
         a, a_next = (1.0 if level < 0 else table[level] for level in levels)
         clean, eps = a**0.5 * z - (1 - a) ** 0.5 * v, (1 - a) ** 0.5 * z + a**0.5 * v

@@ -134,7 +134,7 @@ def find(name: str, *files: str, download: bool = True) -> Path:
     raise MissingFileError(
         f"{place}/{files[0]} is not on this machine and cannot be fetched "
         f"({'no connection' if offline else reason}); put it, with the config.json, shards or "
-        f"decoder.jit beside it, in {home} here (a licence may need your consent), or name its folder"
+        f"decoder.jit beside it, in {home} here (a licence may need consent), or name its folder"
     )
 
 
