@@ -5,9 +5,9 @@
     flow matching  z_tau = (1 - tau) z + tau eps             v = dz/dtau = eps - z
     DDPM           z_k = sqrt(a_k) z + sqrt(1 - a_k) eps     v = sqrt(a_k) eps - sqrt(1 - a_k) z
 
-Flow matching: Lipman et al. 2023; shifted times: Esser et al. 2024, sec. 5.3.2. DDPM: Ho et al.
-2020; v-prediction: Salimans & Ho 2022; DDIM steps: Song et al. 2021. Every frame has its own noise
-level; a rollout denoises one frame at a time. All of it is float32 even under autocast.
+Straight paths: Lipman et al. 2023, sec. 4.1, in the time of Esser et al. 2024, eq. 13, with their
+logit-normal levels, sec. 3.1. DDPM: Ho et al. 2020, eq. 4; its v: Salimans & Ho 2022, sec. 4. Every
+frame has its own level; a rollout denoises frame by frame. All in float32, even under autocast.
 
 Shapes: B batch, T frames, h w latent grid, C latent channels, A action width.
     z, eps, z_tau, v  (B, T, h, w, C)   clean latents, unit Gaussian, noised latents, velocity
@@ -33,12 +33,12 @@ DDPM_LEVELS, DDPM_CONTEXT_LEVEL = 1000, 14
 
 
 def time_shift(tokens: int, channels: int, minimum: float = 1.0) -> float:
-    """Give g = max(sqrt(tokens * channels / 4096), minimum); tokens a frame, after patching."""
+    """Give max(sqrt(tokens channels / 4096), minimum) of a patched frame   [arXiv 2510.11690]."""
     return max((tokens * channels / 4096) ** 0.5, minimum)
 
 
 def shift_tau(tau: Tensor, g: float) -> Tensor:
-    """Move noise levels (...) toward noise: g tau / (1 + (g - 1) tau)  [Esser et al. 2024, eq. 23]."""
+    """Move levels (...) toward noise: g tau / (1 + (g - 1) tau)     [Esser et al. 2024, eq. 23]."""
     return g * tau / (1 + (g - 1) * tau)
 
 
@@ -87,7 +87,7 @@ def both(x: Tensor, guidance: float, null: Callable = lambda x: x) -> Tensor:
 
 
 def guide(v: Tensor, guidance: float) -> Tensor:
-    """Join the branches: v_null + guidance (v_cond - v_null)             [Ho & Salimans 2022]."""
+    """Join the branches: v_null + guidance (v_cond - v_null)      [Ho & Salimans 2022, eq. 6]."""
     if guidance == 1.0:
         return v.float()
     v_cond, v_null = v.float().chunk(2)
@@ -297,7 +297,7 @@ class DDPM(Objective):
         return [level / DDPM_LEVELS for level in self.grid()]
 
     def step(self, z: Tensor, v: Tensor, k: int) -> Tensor:
-        """Mix the clean frame and the noise that v implies at the next level (DDIM, eta 0)."""
+        """Mix the clean frame and noise that v implies anew  [DDIM: Song et al. 2021, eq. 12]."""
         levels, table = self.grid()[k : k + 2], alphas_cumprod().tolist()
         a, a_next = (1.0 if level < 0 else table[level] for level in levels)
         clean, eps = a**0.5 * z - (1 - a) ** 0.5 * v, (1 - a) ** 0.5 * z + a**0.5 * v

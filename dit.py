@@ -1,6 +1,6 @@
 """Predict the velocity of noised latent frames with an action-conditioned causal transformer.
 
-DiT blocks (Peebles & Xie 2023), factored in space and time after arXiv 2605.06388:
+DiT blocks (Peebles & Xie 2023, sec. 3.2), factored in space and time after arXiv 2605.06388:
 
     z_tau --patch--> x --[ spatial block -> temporal block ] x depth--> norm, linear --> v
                               ^                 ^
@@ -58,7 +58,7 @@ class DiTConfig:
     heads: int = 6
     action_dim: int = 10
     max_frames: int = 10  # longest attention window in frames
-    wide_head: bool = False  # DDT head, for wide semantic latents
+    wide_head: bool = False  # DDT head, for wide semantic latents (arXiv 2510.11690)
     head_dim: int = 2048  # width of the wide head
     temporal_mode: str = "factored"  # factored | joint
     num_views: int = 1  # cameras, side by side along the latent width
@@ -90,7 +90,7 @@ def split_views(z: Tensor, num_views: int) -> Tensor:
     return z.unflatten(3, (num_views, -1)).permute(0, 3, 1, 2, 4, 5)
 
 
-# -- Rotary positions (Su et al. 2021, arXiv 2104.09864).
+# -- Rotary positions (Su et al. 2021, arXiv 2104.09864, sec. 3.2.2).
 
 
 def axis_angles(positions: Tensor, channels: int) -> Tensor:
@@ -199,7 +199,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def swiglu(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Widen modulated tokens by w12, given with its bias, and gate: silu(gate) * value."""
+    """Widen modulated tokens by w12, gate: silu(gate) * value           [Shazeer 2020, sec. 2]."""
     gate, value = project(modulate, weight, bias, x, shift, scale).chunk(2, -1)
     return F.silu(gate) * value
 
@@ -272,7 +272,7 @@ class Block(nn.Module):
 
 
 def timestep_embedding(tau: Tensor) -> Tensor:
-    """Embed 1000 tau as [cos, sin] of 128 frequencies exp(-ln(10000) i / 128), in float32."""
+    """Embed 1000 tau: cos, sin of 128 waves 10000^(-i/128), float32 [Vaswani et al. 2017, 3.5]."""
     waves = torch.exp(-math.log(10000) * torch.arange(128, device=tau.device) / 128)
     angles = 1000 * tau.float()[..., None] * waves
     return torch.cat((angles.cos(), angles.sin()), -1)

@@ -134,7 +134,7 @@ def find(name: str, *files: str, download: bool = True) -> Path:
     raise MissingFileError(
         f"{place}/{files[0]} is not on this machine and cannot be fetched "
         f"({'no connection' if offline else reason}); put it, with the config.json, shards or "
-        f"decoder.jit beside it, in {home} here (a licence may have to be accepted), or name its folder"
+        f"decoder.jit beside it, in {home} here (a licence may need consent), or name its folder"
     )
 
 
@@ -152,7 +152,7 @@ def read_json(path: Path, key: str) -> dict:
 
 
 def read_tensors(path: Path, keep: tuple[str, ...]) -> dict[str, Tensor]:
-    """Read the tensors whose names begin with `keep` from .safetensors, or from a .pt, no code run."""
+    """Read the tensors whose names begin with `keep` from a .safetensors or .pt; no code is run."""
     if path.suffix == ".safetensors":
         with data.open_tensors(path) as (file, _):
             state = {key: file.get_tensor(key) for key in file.keys() if key.startswith(keep)}
@@ -233,7 +233,7 @@ class Network(nn.Module):
         return value
 
     def count(self, prefix: str, key: str = "") -> int:
-        """Count layers: the config's `key`, else one more than the largest number after `prefix`."""
+        """Count layers: the config's `key`, or one more than the largest number after `prefix`."""
         pattern = re.escape(self.rename(prefix)).replace(r"\*", r"\d+") + r"(\d{1,3})\."
         found = [int(match[1]) for name in self._buffers if (match := re.match(pattern, name))]
         return self.number(key, max(found, default=0) + 1)
@@ -267,7 +267,7 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def check(self, run: Callable, *shape: int, **facts: int) -> None:
-        """Run without numbers: all tensors are there, fit the config's `facts`, none is left over."""
+        """Run without numbers: all tensors are there, fit the config's `facts`, none is over."""
         for key, value in facts.items():
             if self.config.get(key, value) != value:
                 raise self.fault(f"{key} is {self.config[key]!r}, its tensors say {value}")
@@ -331,7 +331,7 @@ class Transformer(Network):
     gated, halves = False, False
 
     def rotate(self, x: Tensor, turn: Tensor) -> Tensor:
-        """Turn pairs of channels by position, (a + ib) e^(i angle), in float32. [Su et al. 2021]
+        """Turn channel pairs by position, in float32: (a + ib) e^(i angle) [Su et al. 2021, 3.2.2].
 
         x (N, heads, n, d), turn (n, d / 2); a pair is 2j, 2j + 1, or j, j + d / 2 in `halves`
         """
@@ -716,9 +716,8 @@ class BaseAutoencoder(nn.Module):
             own = [home / file for file in files if (home / file).is_file()]
             name = config.latent_stats or [*own, STATISTICS[kind]][0]
             stats = read_stats(find(name, *files), network.dim)
-        mean_std = torch.tensor(network.mean_std).view(2, 3, 1, 1)
-        self.register_buffer("stats", stats, persistent=False)
-        self.register_buffer("mean_std", mean_std, persistent=False)
+        self.stats = nn.Buffer(stats, persistent=False)
+        self.mean_std = nn.Buffer(torch.tensor(network.mean_std).view(2, 3, 1, 1), persistent=False)
         facts = [kind, network.dim, self.image_size, config.qwen_mode, config.final_norm]
         facts += [hashlib.sha256(path.read_bytes()).digest() for path in network.archives[:1]]
         for name, value in (*network.state_dict().items(), ("stats", stats)):

@@ -153,11 +153,8 @@ def losses_and_clips():
     return lambda: (train_adapter.ms_ssim(a, b), clips[0])
 
 
-TEMPORARY = tempfile.TemporaryDirectory()
-
-
 def folder() -> Path:
-    return Path(tempfile.mkdtemp(dir=TEMPORARY.name))
+    return Path(tempfile.mkdtemp())
 
 
 @run(encoders, "BaseAutoencoder", B=2, T=7, T_=7, N=14, H=24, W=20, h=6, w=5, C=48)
@@ -437,8 +434,9 @@ def trace(module, parts: tuple[str, ...], results: bool, letters: dict, go: Call
 
 @functools.cache
 def calls() -> list[Call]:
-    with torch.no_grad():
-        return [call for *options, prepare in RUNS for call in trace(*options, prepare())]
+    with tempfile.TemporaryDirectory() as place, mock.patch.object(tempfile, "tempdir", place):
+        with torch.no_grad():
+            return [call for *options, prepare in RUNS for call in trace(*options, prepare())]
 
 
 def test_documented_shapes_are_true():
