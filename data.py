@@ -303,8 +303,9 @@ ACTION_DIM = 10  # xyz (3), rotation (3), gripper (1: -1 open, +1 closed), base 
 REMEDY = "convert the data set again"
 
 
-def open_frame(image: bytes | np.ndarray, where: str, decode: bool = True) -> Image.Image:
-    """Open a uint8 array (H, W, 3), or JPEG or PNG bytes; decode them unless told not to."""
+@contextlib.contextmanager
+def open_frame(image: bytes | np.ndarray, where: str) -> Iterator[Image.Image]:
+    """Open a uint8 array (H, W, 3), or JPEG or PNG bytes; what Pillow meets becomes an InputError."""
     try:
         if isinstance(image, bytes):
             opened = Image.open(io.BytesIO(image), formats=("JPEG", "PNG"))
@@ -314,9 +315,7 @@ def open_frame(image: bytes | np.ndarray, where: str, decode: bool = True) -> Im
             raise ValueError(f"{image.dtype} {image.shape}")
         if max(opened.size) > 4096:
             raise ValueError(f"{opened.size} pixels")
-        if decode:
-            opened.load()
-        return opened
+        yield opened
     except Exception as error:  # OSError, zlib.error, SyntaxError, ...: Pillow names no types
         fault = f"not a JPEG, PNG or uint8 (H, W, 3) image, or a broken one ({error})"
         raise InputError(f"{where}: {fault}; {REMEDY}") from error
@@ -324,17 +323,16 @@ def open_frame(image: bytes | np.ndarray, where: str, decode: bool = True) -> Im
 
 def decode_frame(image: bytes | np.ndarray, size: int | None, where: str) -> np.ndarray:
     """Return an image as uint8 (H, W, 3), resized to `size` squared unless that is None."""
-    rgb = open_frame(image, where)
-    rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
-    if size and rgb.size != (size, size):
-        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(rgb)
+    with open_frame(image, where) as rgb:
+        rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
+        if size and rgb.size != (size, size):
+            rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
+        return np.asarray(rgb)
 
 
 def encode_frame(image: bytes | np.ndarray, size: int | None, where: str) -> bytes:
     """Return JPEG bytes; a JPEG that has the size already passes through undecoded."""
-    if isinstance(image, bytes):
-        opened = open_frame(image, where, decode=False)
+    with open_frame(image, where) as opened:
         fits = size is None or opened.size == (size, size)
         if fits and (opened.format, opened.mode) == ("JPEG", "RGB"):
             return image
