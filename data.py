@@ -304,8 +304,9 @@ ACTION_DIM = 10  # xyz (3), rotation (3), gripper (1: -1 open, +1 closed), base 
 REMEDY = "convert the data set again"
 
 
-def open_frame(image: bytes | np.ndarray, where: str, decode: bool = True) -> Image.Image:
-    """Open a uint8 array (H, W, 3), or JPEG or PNG bytes; decode them unless told not to."""
+@contextlib.contextmanager
+def open_frame(image: bytes | np.ndarray, where: str) -> Iterator[Image.Image]:
+    """Open a uint8 array (H, W, 3), or JPEG or PNG bytes; what Pillow meets becomes an InputError."""
     try:
         if isinstance(image, bytes):
             opened = Image.open(io.BytesIO(image), formats=("JPEG", "PNG"))
@@ -315,9 +316,7 @@ def open_frame(image: bytes | np.ndarray, where: str, decode: bool = True) -> Im
             raise ValueError(f"{image.dtype} {image.shape}")
         if max(opened.size) > 4096:
             raise ValueError(f"{opened.size} pixels")
-        if decode:
-            opened.load()
-        return opened
+        yield opened
     except Exception as error:  # OSError, zlib.error, SyntaxError, ...: Pillow names no types
         fault = f"not a JPEG, PNG or uint8 (H, W, 3) image, or a broken one ({error})"
         raise InputError(f"{where}: {fault}; {REMEDY}") from error
@@ -325,17 +324,16 @@ def open_frame(image: bytes | np.ndarray, where: str, decode: bool = True) -> Im
 
 def decode_frame(image: bytes | np.ndarray, size: int | None, where: str) -> np.ndarray:
     """Return an image as uint8 (H, W, 3), resized to `size` squared unless that is None."""
-    rgb = open_frame(image, where)
-    rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
-    if size and rgb.size != (size, size):
-        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(rgb)
+    with open_frame(image, where) as rgb:
+        rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
+        if size and rgb.size != (size, size):
+            rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
+        return np.asarray(rgb)
 
 
 def encode_frame(image: bytes | np.ndarray, size: int | None, where: str) -> bytes:
     """Return JPEG bytes; a JPEG that has the size already passes through undecoded."""
-    if isinstance(image, bytes):
-        opened = open_frame(image, where, decode=False)
+    with open_frame(image, where) as opened:
         fits = size is None or opened.size == (size, size)
         if fits and (opened.format, opened.mode) == ("JPEG", "RGB"):
             return image
@@ -608,21 +606,16 @@ def load_rlds(folder: Path, source: Source) -> tuple[Any, Any]:
             if isinstance(name, str) and not name.startswith("tensorflow_datasets."):
                 raise InputError(f"{schema}: class {name} is not from RLDS; refused")
 
-    def skip_images(node: Any) -> Any:
-        node = node.feature if isinstance(node, tfds.features.Dataset) else node
-        if isinstance(node, tfds.features.Image):
-            return tfds.decode.SkipDecoding()
-        if isinstance(node, tfds.features.FeaturesDict):
-            return {name: found for name in node if (found := skip_images(node[name]))}
-
     with reading(schema, "fetch it again", Exception):  # of tfds and protobuf, which name no types
         json.loads(schema.read_text(), object_hook=refuse_foreign)
-        features = tfds.features.FeatureConnector.from_config(str(folder))
-        has = {*features["steps"].feature, *features["steps"].feature["observation"]}
+        step = tfds.features.FeatureConnector.from_config(str(folder))["steps"].feature
+        has, seen = {*step, *step["observation"]}, step["observation"].items()
         if missing := {"action", *source.cameras.split()} - has:
             raise InputError(f"{schema}: no feature {missing} in {has}; is this another data set?")
+        images = [name for name, feature in seen if isinstance(feature, tfds.features.Image)]
+        kept = {name: tfds.decode.SkipDecoding() for name in images}
     with reading(about, "fetch it again", Exception):
-        return tfds.builder_from_directory(folder).info, skip_images(features)
+        return tfds.builder_from_directory(folder).info, {"steps": {"observation": kept}}
 
 
 def read_shard(path: Path, source: Source, rlds: tuple[Any, Any], check: bool) -> Iterator[Any]:
@@ -1152,14 +1145,13 @@ def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tr
             code = getattr(error, "code", 500)
             if getattr(error, "errno", 0) in DISK_FULL:
                 raise
-            if code < 500 and code not in (408, 416, 429):
-                raise InputError(f"{url}: the server says {error}; check --source") from error
             if code == 416:  # more is here than the server has: begin again
                 os.truncate(part, 0)
             arrived = part.stat().st_size
             failures, furthest = 0 if arrived > furthest else failures + 1, max(furthest, arrived)
-            if failures >= tries:
-                raise InputError(f"{url}: {error!r}; run the same command later") from error
+            if failures >= tries or (code < 500 and code not in (408, 416, 429)):
+                remedy = "check --source, or run the same command later"
+                raise InputError(f"{url}: {error!r}; {remedy}") from error
             time.sleep(min(60.0, pause * 2**failures))
 
 
@@ -1974,8 +1966,8 @@ def inspect(folder: Path) -> None:
             episode, last = Episode(path), entry["length"] - 1
             rows = episode.frames(np.linspace(0, last, 8).round(), episode.views, 128)
             for view, row in zip(episode.views, rows, strict=True):
-                strip = np.concatenate([np.full((14, 8 * 128, 3), 255, np.uint8), np.hstack(row)])
                 label = f"{split}/{path.stem} camera {view}: {entry['language']!r}"
+                strip = np.pad(np.hstack(row), ((14, 0), (0, 0), (0, 0)), constant_values=255)
                 sheet.append(Image.fromarray(strip))
                 ImageDraw.Draw(sheet[-1]).text((2, 1), label, "black")
             movie.append(episode.frames(np.minimum(range(50), last), episode.views[:1], 128)[0])

@@ -55,9 +55,12 @@ def make_dataset(folder, lengths, name="robot", views=1, split="train", size=32)
     return entries
 
 
-def opened(folder, name="robot", split="train", **fields) -> data.EpisodeDataset:
+def opened(folder, name="robot", split="train", latents=None, **fields) -> data.EpisodeDataset:
     fields = {"image_size": 32, "num_frames": 4, "num_history": 1, "stride": 1, **fields}
-    return data.EpisodeDataset(data.DataConfig(str(folder), name, **fields), split)
+    return data.EpisodeDataset(data.DataConfig(str(folder), name, **fields), split, latents)
+
+
+opened_latents = functools.partial(opened, latents="fp")
 
 
 # --- files and pictures
@@ -1173,11 +1176,6 @@ def test_cache_serves_the_encoder_s_output_without_the_encoder(tmp_path, views):
         )
         assert torch.equal(z, wanted.bfloat16().float().squeeze(0))
         assert torch.equal(actions, frames[key].actions)
-
-
-def opened_latents(folder, latents="fp", **fields):
-    fields = {"image_size": 32, "num_frames": 4, "num_history": 1, "stride": 1, **fields}
-    return data.EpisodeDataset(data.DataConfig(str(folder), "robot", **fields), "train", latents)
 
 
 def test_partial_and_stale_caches_are_refused(tmp_path):
