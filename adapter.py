@@ -129,10 +129,10 @@ class TransformerBlock(nn.Module):
         self.output = nn.ModuleDict({"dense": nn.Linear(hidden, width)})
 
     def forward(self, x: Tensor) -> Tensor:
-        *_, h, w, width = x.shape
-        y, heads = self.layernorm_before(x), (-1, h * w, self.heads, width // self.heads)
-        project = self.attention["attention"].values()
-        q, k, v = (f(y).reshape(heads).transpose(1, 2) for f in project)  #    (N, heads, h w, -)
+        (*_, h, w, width), heads = x.shape, self.heads
+        y, project = self.layernorm_before(x), self.attention["attention"].values()
+        parts = (f(y).reshape(-1, h * w, heads, width // heads) for f in project)
+        q, k, v = (part.transpose(1, 2) for part in parts)  #                   (N, heads, hw, -)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
         x = x + self.attention["output"]["dense"](y)
         y = F.gelu(self.intermediate["dense"](self.layernorm_after(x)))
