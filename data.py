@@ -606,16 +606,21 @@ def load_rlds(folder: Path, source: Source) -> tuple[Any, Any]:
             if isinstance(name, str) and not name.startswith("tensorflow_datasets."):
                 raise InputError(f"{schema}: class {name} is not from RLDS; refused")
 
+    def skip_images(node: Any) -> Any:
+        node = node.feature if isinstance(node, tfds.features.Dataset) else node
+        if isinstance(node, tfds.features.Image):
+            return tfds.decode.SkipDecoding()
+        if isinstance(node, tfds.features.FeaturesDict):
+            return {name: found for name in node if (found := skip_images(node[name]))}
+
     with reading(schema, "fetch it again", Exception):  # of tfds and protobuf, which name no types
         json.loads(schema.read_text(), object_hook=refuse_foreign)
-        step = tfds.features.FeatureConnector.from_config(str(folder))["steps"].feature
-        has, seen = {*step, *step["observation"]}, step["observation"].items()
+        features = tfds.features.FeatureConnector.from_config(str(folder))
+        has = {*features["steps"].feature, *features["steps"].feature["observation"]}
         if missing := {"action", *source.cameras.split()} - has:
             raise InputError(f"{schema}: no feature {missing} in {has}; is this another data set?")
-        images = [name for name, feature in seen if isinstance(feature, tfds.features.Image)]
-        kept = {name: tfds.decode.SkipDecoding() for name in images}
     with reading(about, "fetch it again", Exception):
-        return tfds.builder_from_directory(folder).info, {"steps": {"observation": kept}}
+        return tfds.builder_from_directory(folder).info, skip_images(features)
 
 
 def read_shard(path: Path, source: Source, rlds: tuple[Any, Any], check: bool) -> Iterator[Any]:

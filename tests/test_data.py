@@ -557,7 +557,10 @@ def test_real_soar_keeps_its_labels_and_has_bridge_actions(shared, tmp_path):
 
 
 def test_fitting_jpegs_pass_through_undecoded(tmp_path, monkeypatch):
-    source = write_rlds(tmp_path / "rlds", {"train": [[bridge_example(k) for k in range(3)]]})
+    examples = [bridge_example(k) for k in range(3)]
+    for step in itertools.chain(*(example["steps"] for example in examples)):
+        step["goal"] = jpeg(picture(9))  # as SOAR has it, beside the observation
+    source = write_rlds(tmp_path / "rlds", {"train": [examples]})
 
     def decoded(*_):
         raise AssertionError("a JPEG was decoded")
