@@ -210,7 +210,6 @@ class Processes(NamedTuple):
 
     rank: int
     world: int
-    local_rank: int
     device: torch.device
     patient: Any = None  # a gloo group of all, for what may last: it waits for days
 
@@ -254,14 +253,14 @@ def init_processes(device: str | None = None, timeout_minutes: float = 60) -> Pr
         where = torch.device("cuda", local_rank if where.index is None else where.index)
         torch.cuda.set_device(where)
     if world == 1:
-        return Processes(rank, world, local_rank, where)
+        return Processes(rank, world, where)
     if not torch.distributed.is_initialized():
         timeout = datetime.timedelta(minutes=timeout_minutes)
         backend = "nccl" if where.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timeout)
     days = datetime.timedelta(days=2)
     patient = torch.distributed.new_group(backend="gloo", timeout=days)
-    return Processes(rank, world, local_rank, where, patient)
+    return Processes(rank, world, where, patient)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

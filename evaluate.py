@@ -794,7 +794,7 @@ class Results:
         if changed := [k for k, v in new["config"].items() if self.all["config"].get(k) != v]:
             other = f"was measured with other {', '.join(changed)}"
             raise InputError(f"{self.path}: {other}; give another --output_dir, or remove the file")
-        proc.gather(None)  # nobody writes before everybody has read
+        proc.meet()  # nobody writes before everybody has read
 
     def begin(self, name: str) -> None:
         """Start on a metric, without samples or behind those that a killed run has noted."""

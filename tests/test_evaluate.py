@@ -487,7 +487,7 @@ def measure_world(tmp_path, monkeypatch):
         monkeypatch.setenv("TORCH_HOME", str(tmp_path / "none"))
         options |= dict(weights_dir=str(tmp_path / "none"), horizons="1") | flags
         args = evaluate.Args(**options)
-        evaluate.Evaluation(args, data.Processes(*world, 0, CPU)).run()
+        evaluate.Evaluation(args, data.Processes(*world, CPU)).run()
         return json.loads((Path(args.output_dir) / "results.json").read_text())
 
     yield run
@@ -711,7 +711,7 @@ def measure_toy(toy_folder, tmp_path, monkeypatch):
         monkeypatch.setattr(evaluate, "open_model", lambda *_: WorldModel.from_parts(*parts))
         options = dict(dataset_dir=str(toy_folder), subset_names="toy", output_dir=str(tmp_path))
         args = evaluate.Args(**options | dict(horizons="1", batch_size=2) | flags)
-        evaluate.Evaluation(args, data.Processes(0, 1, 0, CPU)).run()
+        evaluate.Evaluation(args, data.Processes(0, 1, CPU)).run()
         return json.loads((tmp_path / "results.json").read_text())["metrics"]
 
     torch.manual_seed(0)

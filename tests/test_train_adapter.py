@@ -33,7 +33,7 @@ from train_adapter import COLUMNS, Args, Autoencoder, Critic, balance, ms_ssim
 ADAPTER = AdapterConfig(
     adapter_latent_dim=6, adapter_num_layers=1, adapter_num_heads=4, adapter_intermediate_size=32
 )
-ALONE = data.Processes(0, 1, 0, torch.device("cpu"))
+ALONE = data.Processes(0, 1, torch.device("cpu"))
 TINY = (
     "--subset_names tiny --image_size 32 --num_frames 2 --stride 1 --num_workers 0 "
     "--encoder_type pixels --pixel_patch 4 --adapter_latent_dim 6 --adapter_num_layers 1 "

@@ -173,7 +173,7 @@ def loaded(folder: Path, fixed: dict, episodes: int = 10, **parts) -> SimpleName
     """Load a checkpoint as a run of so many episodes and these parts does."""
     run = SimpleNamespace(folder=folder, parts=parts, fixed=fixed, dataset=range(episodes))
     run.say, (run.skipped, run.in_a_row) = print, torch.zeros(2)
-    run.proc = data.Processes(0, 1, 0, torch.device("cpu"))
+    run.proc = data.Processes(0, 1, torch.device("cpu"))
     data.Run.load(run)
     return run
 
@@ -350,7 +350,7 @@ def test_two_processes_and_accumulation_equal_one_process(episodes, tmp_path):
 
 def test_latents_of_frame_pairs_are_not_cached(episodes):
     config = DataConfig(str(episodes), "mini", num_frames=2, num_history=1, stride=1)
-    proc = data.Processes(0, 1, 0, torch.device("cpu"))
+    proc = data.Processes(0, 1, torch.device("cpu"))
     with pytest.raises(InputError, match="cache_latents: these features depend on the clip"):
         data.fill_cache(config, proc, "pairs", lambda frames: frames[:, ::2], stride=2)
 
@@ -365,7 +365,7 @@ def test_only_the_last_micro_step_exchanges_gradients_and_all_draw_the_same():
             yield
             held.pop()
 
-    args, proc = SimpleNamespace(grad_accum=3, seed=0), data.Processes(1, 2, 1, torch.device("cpu"))
+    args, proc = SimpleNamespace(grad_accum=3, seed=0), data.Processes(1, 2, torch.device("cpu"))
     run = SimpleNamespace(args=args, proc=proc, step=5, generator=torch.Generator())
     for batch, (generator, shard) in data.Run.micro_steps(run, Net(), iter("abc")):
         seen.append((batch, shard, bool(held), torch.rand((), generator=generator).item()))
