@@ -30,10 +30,9 @@ from data import InputError
 
 WRAPPERS = ("_orig_mod.", "module.")  # torch.compile and DDP put these before every key
 GRID = 16  # where the pixel decoder starts: 256x256 frames, 16 pixels a token
-OPTIONAL = (  # layers of an S-VAE that only some have
-    "enc_norm_high enc_down enc_blocks_mid dec_blocks_mid dec_norm_mid dec_up "
-    "latent_enc_blocks latent_enc_norm latent_dec_blocks latent_dec_norm"
-).split()
+# Layers that only some S-VAEs have; in the others the identity stands there.
+PROGRESSIVE = "enc_norm_high enc_down enc_blocks_mid dec_blocks_mid dec_norm_mid dec_up".split()
+REFINING = "latent_enc_blocks latent_enc_norm latent_dec_blocks latent_dec_norm".split()
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 group_norm = partial(nn.GroupNorm, eps=1e-6)
 
@@ -212,7 +211,7 @@ class SVAEAdapter(Adapter):
                 f"heads must divide their width: adapter_num_heads {heads} the {D} features (try "
                 f"{most_heads(D, 16)}), adapter_latent_heads {narrow_heads} the {C} of the latent"
             )
-        for name in OPTIONAL:  # replaced below where they are wanted
+        for name in PROGRESSIVE:
             self.add_module(name, nn.Identity())
         mid, layers = D, config.adapter_num_layers
         if config.adapter_progressive:
@@ -230,6 +229,8 @@ class SVAEAdapter(Adapter):
         if config.adapter_pca:
             self.register_buffer("center", torch.zeros(D))
             self.register_buffer("axes", torch.eye(D))
+        for name in REFINING:
+            self.add_module(name, nn.Identity())
         if config.adapter_latent_layers:
             narrow = (config.adapter_latent_layers, C, narrow_heads, 4 * C)
             self.latent_enc_blocks, self.latent_enc_norm = stack(*narrow), nn.LayerNorm(C)
@@ -437,6 +438,8 @@ def load_adapter(
             "pixel_decoder": lambda **given: PixelDecoder(PixelDecoderConfig(**given)),
         }
         adapter, pixel_decoder = (unpack(*x, tensors, metadata, f"{path}") for x in makers.items())
+        if adapter is None:
+            raise InputError(f"{path}: holds no adapter; {remedy}")
         adapter.encoder_config = encoder = metadata["encoder_config"]
         adapter.encoder_fingerprint = own = metadata["encoder_fingerprint"]
         # A released file names only the type of its encoder, which every fingerprint begins with.

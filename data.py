@@ -154,7 +154,8 @@ def reading(path: str | Path, remedy: str, *faults: type) -> Iterator[None]:
     except InputError:
         raise
     except faults as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        name, (said, *_) = type(error).__name__, [*str(error).splitlines(), ""]
+        reason = f"{name}: {said}" if said else name
         raise InputError(f"{path}: truncated or of another format ({reason}); {remedy}") from error
 
 
@@ -304,7 +305,7 @@ REMEDY = "convert the data set again"
 
 
 @contextlib.contextmanager
-def open_frame(image: bytes | np.ndarray, where: str) -> Iterator[Image.Image]:
+def open_frame(image: bytes | np.ndarray, where: str, remedy=REMEDY) -> Iterator[Image.Image]:
     """Open a uint8 array (H, W, 3), or JPEG or PNG bytes; what Pillow meets becomes an InputError."""
     try:
         if isinstance(image, bytes):
@@ -318,12 +319,14 @@ def open_frame(image: bytes | np.ndarray, where: str) -> Iterator[Image.Image]:
         yield opened
     except Exception as error:  # OSError, zlib.error, SyntaxError, ...: Pillow names no types
         fault = f"not a JPEG, PNG or uint8 (H, W, 3) image, or a broken one ({error})"
-        raise InputError(f"{where}: {fault}; {REMEDY}") from error
+        raise InputError(f"{where}: {fault}; {remedy}") from error
 
 
-def decode_frame(image: bytes | np.ndarray, size: int | None, where: str) -> np.ndarray:
+def decode_frame(
+    image: bytes | np.ndarray, size: int | None, where: str, remedy: str = REMEDY
+) -> np.ndarray:
     """Return an image as uint8 (H, W, 3), resized to `size` squared unless that is None."""
-    with open_frame(image, where) as rgb:
+    with open_frame(image, where, remedy) as rgb:
         rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
         if size and rgb.size != (size, size):
             rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
@@ -694,6 +697,7 @@ CAMERAS = (  # position, target, focal length in image heights
     (np.array([0.66, 0.58, 0.42]), np.array([0.264, -0.027, 0.09]), 1.33),
     (np.array([0.42, 0.00, 0.98]), np.array([0.28, 0.00, 0.0]), 1.68),
 )
+TOY_VERSION = 3  # of what the world does and looks like
 WORKSPACE = np.array([[0.18, -0.17, 0.012], [0.42, 0.17, 0.19]])  # of the point between fingertips
 MAX_MOVE = 0.0495  # of a policy, inside the bounds of the action mapping
 EDGE, FINGER, GAP, LINK = 0.056, 0.075, 0.086, 0.27  # of a block, a finger, open fingers, the arm
@@ -1063,7 +1067,7 @@ def generate_toy(output_dir: str | Path, config: ToyConfig | None = None) -> Pat
     """Write <output_dir>/toy/{train,test}; a complete set stays, one of another config is refused."""
     config, folder = config or ToyConfig(), Path(output_dir) / "toy"
     header = {"dataset": "toy", "fps": 5, "action_mapping": "bridge", "image_size": config.size}
-    header["toy"] = json.loads(json.dumps({"version": 3, **dataclasses.asdict(config)}))
+    header["toy"] = json.loads(json.dumps({"version": TOY_VERSION, **dataclasses.asdict(config)}))
     if folder.exists():
         if read_index(folder)[0].get("toy") == header["toy"]:
             return folder
@@ -1239,10 +1243,10 @@ def convert_shard(episodes: Iterable[Any], shard: Shard, folder: Path, header: d
     record = {"shard": shard.name, "episodes": {}, "errors": []}
     wrong = InputError(f"there should be {shard.count} episodes; fetch the shard again")
     with contextlib.ExitStack() as undo:
-        for i, (episode, due) in enumerate(itertools.zip_longest(episodes, range(shard.count))):
+        for i, (episode, _) in enumerate(itertools.zip_longest(episodes, range(shard.count))):
             try:
-                if due is None or not isinstance(episode, tuple):
-                    raise episode if isinstance(episode, InputError) else wrong
+                if not isinstance(episode, tuple):
+                    raise episode or wrong
                 frames, raw, about = episode
                 name = about.pop("file", "") or f"{shard.name}/{i}"
                 hashed = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
@@ -1253,6 +1257,8 @@ def convert_shard(episodes: Iterable[Any], shard: Shard, folder: Path, header: d
                 actions = map_actions(raw, header["action_mapping"])
                 entry = write_episode(path, frames, actions, about, header["image_size"])
                 record["episodes"].setdefault(split, []).append(entry)
+                if i == shard.count:  # one too many; all are kept
+                    raise wrong
             except InputError as error:
                 message = f"{shard.name}, episode {i}: {error}"
                 if not skip:
@@ -1459,6 +1465,8 @@ class EpisodeDataset(torch.utils.data.Dataset):
             if name in ("", ".", "..") or folder.name != name:
                 raise InputError(f"subset_names: {name!r} is not the name of a data set")
             header, _, splits = read_index(folder)
+            if header.get("toy", {}).get("version", TOY_VERSION) != TOY_VERSION:
+                raise InputError(f"{folder}: toy episodes of another version; remove them")
             seen = [e for e in splits.get(split, []) if {*config.views} <= {*e["views"]}]
             kept = [(folder / split, entry) for entry in seen if entry["length"] > span]
             self.dropped["missing view"] += len(splits.get(split, [])) - len(seen)
@@ -1720,8 +1728,10 @@ class Run:
                     lines.append(line)  # all but a validation that is done again
             write_atomic(self.log, "".join(lines).encode())
         self.signals: list[int] = []
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: self.signals.append(number))
+        self.handlers = {
+            number: signal.signal(number, lambda number, _: self.signals.append(number))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
         self.peak = next((1e12 * peak for kind, peak in PEAKS.items() if kind in name), None)
         if self.peak:
@@ -1927,7 +1937,9 @@ class Run:
         write_atomic(self.folder / "loss.png", lambda path: image.save(path, "PNG"))
 
     def end(self) -> None:
-        """Say how to go on with a run that was stopped; leave the other processes."""
+        """Say how to go on with a run that was stopped; leave signals and the other processes."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if self.step < self.last_step:
             here = int(os.environ.get("LOCAL_WORLD_SIZE", self.proc.world))
             launch = f"torchrun --nproc_per_node={here}" if self.proc.world > 1 else "python"

@@ -637,7 +637,8 @@ class Cosmos(Network):
         with data.reading(self.where, "fetch it again", RuntimeError, *data.DAMAGED):
             _, h, _, self.dim = (z := self.encode(torch.zeros(1, 3, 64, 64))).shape
         with data.reading(self.archives[1], "fetch it again", RuntimeError, *data.DAMAGED):
-            _, _, _, _ = self.decode(z).shape
+            if self.decode(z).ndim != 4:
+                raise ValueError("does not give images")
         self.unit = 64 // h
 
     def run(self, i: int, x: Tensor) -> Tensor:

@@ -989,10 +989,10 @@ class Evaluation:
     def widen(self, z: Tensor) -> Tensor:
         """Give the encoder's features that dreamed latents stand for: (B, T, h, V w, C)."""
         space, V = self.space, self.space.num_views
-        z = split_views(z, V).flatten(0, 1) if V > 1 else z
+        z = split_views(z, V) if V > 1 else z
         z = z if space.mean is None else z * space.std + space.mean
         x = space.adapter.decode(z).float() if space.adapter else z
-        return merge_views(x.unflatten(0, (-1, V))) if V > 1 else x
+        return merge_views(x) if V > 1 else x
 
     # -- pixels
 
@@ -1092,7 +1092,8 @@ class Evaluation:
         noise = torch.randn((k, *z.shape[1:]), generator=random).to(z.device)
         true, last = actions[n - 1 : n - 1 + k], actions[n - 1 + k]
         start = true.clone()
-        start[:, dims] *= truth
+        if not truth:
+            start[:, dims] = 0
         known = self.model.dit, self.model.objective, z[:n], actions[: n - 1]
         options = self.cem | {"generator": random} if method == "cem" else {}
         costs = {"model": candidate_cost(*known, z[n : n + k], noise, last)}
@@ -1102,8 +1103,11 @@ class Evaluation:
 
     def idm(self) -> Iterator[dict]:
         """Train the inverse-dynamics probe per horizon and read the actions off both futures."""
+        clips = data.EpisodeDataset(self.config, "train")
+        if len(clips) < 2:
+            raise Unavailable("idm: the split 'train' has one usable episode; convert more")
         yield
-        n, (*bank, cut) = self.n, self.bank()
+        n, (*bank, cut) = self.n, self.bank(clips)
         for k in self.horizons:
             net, starts = self.fit_idm(k, *bank), range(n - 1, self.config.num_frames - k, k)
             for clips, real, actions, _ in self.batches(f"idm k={k}"):
@@ -1117,7 +1121,7 @@ class Evaluation:
         note = f"learned from {len(bank[0])} clips" + f", all that {BANK >> 20} MiB hold" * cut
         yield {k: row | {"note": note} for k, row in self.out.rows().items()}
 
-    def bank(self) -> tuple[Tensor, Tensor, np.ndarray, bool]:
+    def bank(self, clips: data.EpisodeDataset) -> tuple[Tensor, Tensor, np.ndarray, bool]:
         """Encode clips of the train split, once for all horizons; each process holds its own.
 
         features  (N, T, cells, C)   half precision in main memory; eight windows of the longest
@@ -1126,9 +1130,6 @@ class Evaluation:
         held      (N,)               of every tenth episode, which chooses the weights
         cut       whether more clips were wanted
         """
-        clips = data.EpisodeDataset(self.config, "train")
-        if len(clips) < 2:
-            raise InputError("idm: the split 'train' has one usable episode; convert more")
         shape = self.native(self.filmed(clips.info(0))).flatten(2, 3).shape[1:]
         most = math.ceil(8 * self.args.max_steps / (shape[0] - max(self.horizons)))
         count = max(2, min(most, BANK // (2 * math.prod(shape))))
@@ -1176,7 +1177,7 @@ class Evaluation:
         return infos
 
     @functools.cached_property
-    def kinds(self) -> list[str]:
+    def probe_kinds(self) -> list[str]:
         """Name the success probes that can be trained; the one that reads text needs an encoder."""
         self.labelled("train", 2), self.labelled(self.args.split, 2)
         kinds = [kind for kind in PROBES if kind not in ("idm", "text")]
@@ -1201,7 +1202,7 @@ class Evaluation:
         y = torch.tensor([float(info["success"]) for info in infos], device=self.device)
         words = np.array([info["language"] for info in infos])
         steps = min(args.max_steps, 50 * math.ceil(len(x) / 32))
-        for kind in self.kinds:
+        for kind in self.probe_kinds:
             torch.manual_seed(args.seed)
             tell = self.text if kind == "text" else lambda words: None
             text_dim = tell(words[:1]).shape[-1] if kind == "text" else 1
@@ -1217,7 +1218,7 @@ class Evaluation:
 
     def probe(self) -> Iterator[dict]:
         """Judge real and dreamed test episodes by the probes that learned from real ones."""
-        label = f"probe {' '.join(self.kinds)}"
+        label = f"probe {' '.join(self.probe_kinds)}"
         yield
         infos = self.labelled(self.args.split, self.args.num_episodes)
         for i, info in self.out.share([*enumerate(infos)], label):
@@ -1234,7 +1235,7 @@ class Evaluation:
 
     def policy(self) -> Iterator[dict]:
         """Let a policy act inside the dream; the probe that validated best counts successes."""
-        args, label = self.args, f"policy {' '.join(self.kinds)}"
+        args, label = self.args, f"policy {' '.join(self.probe_kinds)}"
         if not args.policy:
             raise Unavailable("policy: name the function to act with, --policy module:function")
         policy = pydoc.locate(args.policy.replace(":", "."))

@@ -114,7 +114,7 @@ class Args:
     save_every: int = 1000  # steps between checkpoints
 
     def __post_init__(self):
-        counts = "num_history batch_size grad_accum num_views log_every val_every save_every"
+        counts = "num_history stride batch_size grad_accum num_views log_every val_every save_every"
         for name in counts.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
@@ -172,9 +172,9 @@ def latent_scale(space, dataset: EpisodeDataset, args: Args) -> tuple[Tensor, Te
     path = Path(args.pretrained_checkpoint or "")
     path = Path(args.resume, "world_model.safetensors") if args.resume else path
     if path.suffix == ".safetensors" and path.is_file():
-        tensors, _ = data.load_tensors(path, device)
-        if "latent.mean" in tensors:
-            return tensors["latent.mean"], tensors["latent.std"]
+        with data.open_tensors(path, device=device) as (file, _):
+            if "latent.mean" in file.keys():
+                return file.get_tensor("latent.mean"), file.get_tensor("latent.std")
     for x in spread_clips(dataset, 128).frames.split(1):
         x = x[0].to(device)
         z = (x if dataset.latents else space.features(x[None])).flatten(0, -2).double()

@@ -166,8 +166,9 @@ def candidate_cost(model, objective, z_context, known, z_target, noise, last_act
     last_action       (A,)   beside the last dreamed frame; None: the candidate's last
     """
     k, cached = len(noise), hasattr(model, "encode_context")
-    if (n := min(len(z_context), model.config.max_frames - k)) < 1:
-        raise InputError(f"horizon {k}: the model sees {model.config.max_frames} frames in all")
+    window = model.config.max_frames if hasattr(model, "config") else len(z_context) + k
+    if (n := min(len(z_context), window - k)) < 1:
+        raise InputError(f"horizon {k}: the model sees {window} frames in all")
     z_context, known = z_context[-n:], known[len(known) + 1 - n :]
     shared = objective.encode_context(model, z_context[None, :-1], known[None]) if cached else None
 
@@ -332,8 +333,8 @@ class WorldModel:
     def generate_chunk(self, actions: Array, noise=None, generator=None, last=None) -> Tensor:
         """Dream one frame for each action: a[0] goes beside the newest known frame.
 
-        Beside the last new frame stands `last` (B, 1, A), else a copy of a[-1], until the next call
-        overwrites its slot.
+        Beside the last new frame stands `last`, one action, else a copy of a[-1], until the next
+        call overwrites its slot.
         actions  (A,), (K, A) or (B, K, A); of a batch also (B, A)   ->  ([B,] [V,] K, H, W, 3)
         """
         actions, s, (B, n, *cell) = self._actions(actions), self.space.temporal_stride, self.z.shape
@@ -341,7 +342,7 @@ class WorldModel:
             raise InputError(f"{K} frames to dream: a latent holds {s}; ask for a multiple")
         if noise is None:
             noise = draw(torch.randn, (B, K // s, *cell), self.z, generator)
-        last = actions[:, -1:] if last is None else last
+        last = actions[:, -1:] if last is None else self._actions(last)
         actions = torch.cat((self.actions[:, :-1], actions, last), 1)  # (B, s n + K, A)
         beside, keep = self.space.group_actions(actions), self.dit.config.max_frames
         known = self.dit, self.z, beside, noise.to(self.z)
@@ -419,22 +420,27 @@ class Args:
 def main() -> None:
     args = files.parse_args(Args)
     model = WorldModel(args.checkpoint, args.device, args.encoder_weights)
-    with files.reading(args.image, "give another picture"):
-        picture = files.decode_frame(Path(args.image).read_bytes(), None, args.image)
+    with files.reading(args.image, ""):
+        content = Path(args.image).read_bytes()
+    picture = files.decode_frame(content, None, args.image, "give another picture")
     size, views = model.data["image_size"], np.array_split(picture, model.space.num_views, 1)
     frames = np.stack([files.decode_frame(view, size, args.image) for view in views])[:, None]
     if args.actions is None:
         print("one action a line, numbers separated by spaces; end with an empty line")
     typed = iter(lambda: sys.stdin.readline().strip(), "")
     try:
-        binary = str(args.actions).endswith(".npy")
-        actions = np.load(args.actions) if binary else np.loadtxt(args.actions or typed, ndmin=2)
+        if str(args.actions).endswith(".npy"):
+            actions = np.atleast_2d(np.load(args.actions))
+        elif lines := [*(Path(args.actions).read_text().split("\n") if args.actions else typed)]:
+            actions = np.loadtxt(lines, ndmin=2)
+        else:
+            raise ValueError("no action")
     except (ValueError, OSError, EOFError) as error:
         where = args.actions or "typed"
         raise InputError(f"{where}: {error}; give .npy, or one action a line") from error
     actions = model.map_actions(actions) if args.raw else torch.as_tensor(actions)
-    beside, seed = torch.cat((actions, actions[-1:])), torch.Generator().manual_seed(args.seed)
-    video = model.rollout(frames if len(views) > 1 else frames[0], beside, generator=seed)
+    beside, random = torch.cat((actions, actions[-1:])), torch.Generator().manual_seed(args.seed)
+    video = model.rollout(frames if len(views) > 1 else frames[0], beside, generator=random)
     video = torch.cat(video.unbind(), -2) if len(views) > 1 else video  # views side by side
     files.write_gif(args.output, video, model.data["fps"])
     print(f"wrote {args.output}")

@@ -82,7 +82,7 @@ def test_gif_keeps_frames_colours_and_rate(tmp_path):
 
 
 def test_one_process_is_rank_zero_of_one():
-    assert data.init_processes("cpu") == (0, 1, 0, torch.device("cpu"), None)
+    assert data.init_processes("cpu") == (0, 1, torch.device("cpu"), None)
 
 
 def test_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):

@@ -479,7 +479,7 @@ def measure_world(tmp_path, monkeypatch):
     torch.set_grad_enabled(False)
     write_world(tmp_path / "data")
 
-    def run(deaf=False, world=(0, 1), **flags):
+    def run(deaf=False, **flags):
         torch.manual_seed(0)
         monkeypatch.setattr(evaluate, "open_model", lambda *_: linear_model(deaf))
         options = dict(dataset_dir=str(tmp_path / "data"), subset_names="linear")
@@ -487,7 +487,7 @@ def measure_world(tmp_path, monkeypatch):
         monkeypatch.setenv("TORCH_HOME", str(tmp_path / "none"))
         options |= dict(weights_dir=str(tmp_path / "none"), horizons="1") | flags
         args = evaluate.Args(**options)
-        evaluate.Evaluation(args, data.Processes(*world, CPU)).run()
+        evaluate.Evaluation(args, data.Processes(0, 1, CPU)).run()
         return json.loads((Path(args.output_dir) / "results.json").read_text())
 
     yield run

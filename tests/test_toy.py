@@ -1,6 +1,7 @@
 """The toy world: physics with known answers, exact repetition, and what the cameras must show."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from data import (
     MAX_MOVE,
     POLICIES,
     WORKSPACE,
+    DataConfig,
+    EpisodeDataset,
     InputError,
     ToyConfig,
     ToyWorld,
@@ -367,3 +370,11 @@ def test_stored_episodes_hold_the_executed_actions_in_model_units_and_rebuild_th
     for t in (0, 5):
         error = frames[:, t].astype(float) - toy_state_at(metadata, t).render()
         assert np.sqrt((error**2).mean()) < 8  # JPEG
+
+
+def test_episodes_of_another_version_are_refused(tmp_path):
+    generate_toy(tmp_path, ToyConfig(episodes=2, test_episodes=1, steps=(12, 12)))
+    index = tmp_path / "toy/index.jsonl"
+    index.write_text(re.sub(r'"version": \d+', '"version": 1', index.read_text()))
+    with pytest.raises(InputError, match="toy episodes of another version"):
+        EpisodeDataset(DataConfig(str(tmp_path), "toy", image_size=64), "train")

@@ -251,7 +251,9 @@ def interrupt_one(module):
 def test_a_signal_saves_and_names_the_command_to_go_on(episodes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_dit, "draw", draw)
     interrupt(train_dit)
+    before = signal.getsignal(signal.SIGTERM)
     folder = train(episodes, tmp_path / "run", "--max_steps", 50)
+    assert signal.getsignal(signal.SIGTERM) is before  # signals are ours no longer
     out = capsys.readouterr().out
     assert f"stopped at step 3; go on with: python train_dit.py --resume {folder}" in out
     assert load_torch(folder / "last.pt")["step"] == 3

@@ -337,13 +337,16 @@ def test_the_command_line_dreams_from_files_and_from_typed_actions(tmp_path, mon
         monkeypatch.setattr("sys.stdin", io.StringIO(typed))
         world_model.main()
         with Image.open(gif) as opened:
-            assert opened.size == (16 * views, 16) and opened.n_frames == 4
+            assert opened.size == (16 * views, 16) and opened.n_frames in (2, 4)
         return gif.read_bytes()
 
     text = run("--actions", tmp_path / "a.txt", "--device", "cpu")
     assert run("--actions", tmp_path / "a.npy") == text
     assert run("--actions", tmp_path / "units.npy", "--raw", "false") == text
+    np.save(tmp_path / "one.npy", raw[0])  # without an axis of time
+    one = run("--actions", tmp_path / "one.npy")
     lines = "".join(" ".join(map(str, a)) + "\n" for a in raw)
+    assert run(typed=lines.partition("\n")[0]) == one
     for end in ("", "\n"):  # the end of the input, or an empty line
         assert run(typed=lines + end) == text
     (tmp_path / "words.txt").write_text("up up left")
@@ -351,11 +354,13 @@ def test_the_command_line_dreams_from_files_and_from_typed_actions(tmp_path, mon
         (["--actions", tmp_path / "words.txt"], "words.txt"),
         (["--actions", tmp_path / "none.txt"], "none.txt"),
         (["--image", tmp_path / "none.png"], "none.png"),
+        (["--image", tmp_path / "words.txt"], "give another picture"),
     ):
         with pytest.raises(InputError, match=complaint):
             run(*words)
-    with pytest.raises(InputError, match="typed"):
-        run(typed="left 3\n")
+    for typed, fault in (("left 3\n", "typed"), ("", "typed: no action")):
+        with pytest.raises(InputError, match=fault):
+            run(typed=typed)
 
 
 # ------------------------------------------------------------------------------------------------
