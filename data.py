@@ -1287,10 +1287,10 @@ def convert(args: Args) -> None:
         before, records, splits = read_index(folder)
     taken = 1 + max((entry["number"] for split in splits.values() for entry in split), default=-1)
     source, base, url, shards, read = open_source(args, folder, taken)
+    mapping = args.action_mapping or source.mapping
+    map_actions(np.zeros(7), mapping)  # an unknown name ends here
     header = {"dataset": args.dataset_name, "fps": args.fps or source.fps}
-    header["action_mapping"] = args.action_mapping or source.mapping
-    header["image_size"] = args.image_size
-    map_actions(np.zeros(7), header["action_mapping"])  # an unknown name ends here
+    header |= {"action_mapping": mapping, "image_size": args.image_size}
     if before not in ({}, header):
         raise InputError(f"{folder} was written with {before}, not {header}; take another one")
     if not (before or shards):
@@ -1299,7 +1299,6 @@ def convert(args: Args) -> None:
         append_index(folder, header)
     for path in folder.glob("*/.*.tmp"):  # of a run that was killed
         path.unlink()
-
     start, done, finished = time.time(), 0, {record["shard"] for record in records}
     todo = [shard for shard in shards if shard.name not in finished]
     total = sum(shard.size for shard in todo) or None
@@ -1333,10 +1332,10 @@ def convert(args: Args) -> None:
             stop.set()
             pool.shutdown(cancel_futures=True)
     rate, (_, records, splits) = done / (time.time() - start), read_index(folder)
-    errors = [error for record in records for error in record["errors"]]
+    errors = [f"left out: {error}" for record in records for error in record["errors"]]
     counts = ", ".join(f"{len(entries)} {split}" for split, entries in sorted(splits.items()))
-    print(f"{folder}: {counts} episodes, {len(errors)} left out ({done:.1f} MB, {rate:.0f} MB/s)")
-    print("".join(f"left out: {error}\n" for error in errors), end="")
+    said = f"{folder}: {counts} episodes, {len(errors)} left out ({done:.1f} MB, {rate:.0f} MB/s)"
+    print(said, *errors, sep="\n")
 
 
 # --- Clips: which frames of which episode, in which order.
