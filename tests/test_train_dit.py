@@ -248,6 +248,16 @@ def interrupt_one(module):
         interrupt(module, signal.SIGTERM)
 
 
+def test_the_weight_average_follows_closely_at_first(episodes, tmp_path):
+    folder = train(episodes, tmp_path / "run", "--max_steps", 2, "--save_every", 1)
+    before, after = (load_torch(folder / f"{name}.pt") for name in ("previous", "last"))
+    assert (before["step"], after["step"]) == (1, 2)
+    decay = (1 + 1) / (10 + 1)  # at step 1; far below --ema
+    for name, average in after["ema"].items():
+        expected = torch.lerp(before["ema"][name], after["dit"][name], 1 - decay)
+        torch.testing.assert_close(average, expected)
+
+
 def test_a_signal_saves_and_names_the_command_to_go_on(episodes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_dit, "draw", draw)
     interrupt(train_dit)
