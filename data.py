@@ -363,7 +363,10 @@ def write_episode(
             f"{path}: {counts} frames beside actions {actions.shape}, or an action is not finite; "
             f"give every frame one action of width {ACTION_DIM}"
         )
-    jpegs = [encode_frame(frame, size, str(path)) for view in frames for frame in view]
+    jpegs = []
+    for v, view in enumerate(frames):
+        for t, image in enumerate(view):
+            jpegs.append(encode_frame(image, size, f"{path}, view {v}, frame {t}"))
     metadata = {"language": "", "success": None, "views": list(range(len(frames))), **metadata}
     tensors = {
         "jpeg": torch.frombuffer(bytearray(b"".join(jpegs)), dtype=torch.uint8),

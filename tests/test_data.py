@@ -140,7 +140,7 @@ def test_frames_that_are_no_fitting_jpeg_are_encoded_once(tmp_path, kind):
         ({"actions": np.zeros((2, 10))}, "every frame one action"),
         ({"actions": np.full((3, 10), np.nan)}, "not finite"),
         ({"actions": np.zeros((0, 10)), "frames": []}, "every frame one action"),
-        ({"frames": [b"this is text, not an image"] * 3}, "not a JPEG"),
+        ({"frames": [b"this is text, not an image"] * 3}, "view 0, frame 0: not a JPEG"),
         ({"frames": np.zeros((3, 8, 8, 3))}, "uint8"),
         ({"frames": [[b"x"], [b"x", b"y"]]}, "every frame one action"),
     ],
