@@ -227,8 +227,10 @@ class Network(nn.Module):
             value = next((v for k, v in self._buffers.items() if re.fullmatch(pattern, k)), None)
         if value is None:
             raise self.fault(f"missing tensors: {name}")
-        seen = tuple(b if a >= 0 else a for a, b in zip(shape, value.shape, strict=False))
-        if shape and (seen != shape or value.ndim != len(shape)):
+        fits = len(shape) == value.ndim and all(
+            a < 0 or a == b for a, b in zip(shape, value.shape, strict=True)
+        )
+        if shape and not fits:
             raise self.fault(f"tensor {name} is {tuple(value.shape)}, expected {shape}")
         return value
 
@@ -747,8 +749,7 @@ class BaseAutoencoder(nn.Module):
 
     def latents(self, frames: Tensor) -> Tensor:
         """Resize and normalise frames (N, H, W, 3), encode and standardise them."""
-        x = frames.movedim(-1, 1)
-        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        x = data.to_floats(frames.movedim(-1, 1))
         size = (self.image_size or x.shape[2], self.image_size or x.shape[3])
         if x.shape[2:] != size:  # as upstream: no antialias, and it overshoots [0, 1] at edges
             x = F.interpolate(x, size, mode="bicubic", align_corners=False)

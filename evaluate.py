@@ -42,7 +42,7 @@ import data
 from adapter import most_heads
 from data import InputError
 from diffusion import OBJECTIVES, time_shift
-from dit import load_dit, merge_views, split_views
+from dit import load_dit, merge_views
 from encoders import EncoderConfig
 from world_model import PLANNERS, SEARCHED, WorldModel, build_latent_space, candidate_cost
 
@@ -689,8 +689,9 @@ def draw_tables(path: Path, tables: list[list[list[str]]]) -> None:
     pen = ImageDraw.Draw(image)
     for table, widths in zip(tables, columns, strict=True):
         pen.rectangle([0, y, sum(widths), y + 31], "#e4eaf2")
-        for row, x in itertools.product(table, [np.cumsum([12, *widths])]):
-            for cell, left in zip(row, x, strict=False):
+        lefts = np.cumsum([12, *widths[:-1]])
+        for row in table:
+            for cell, left in zip(row, lefts, strict=True):
                 bold = 0.4 * cell.startswith("**")
                 pen.text((left, y + 16), cell.strip("*"), "black", font, "lm", stroke_width=bold)
             y += 32
@@ -988,11 +989,9 @@ class Evaluation:
 
     def widen(self, z: Tensor) -> Tensor:
         """Give the encoder's features that dreamed latents stand for: (B, T, h, V w, C)."""
-        space, V = self.space, self.space.num_views
-        z = split_views(z, V) if V > 1 else z
-        z = z if space.mean is None else z * space.std + space.mean
-        x = space.adapter.decode(z).float() if space.adapter else z
-        return merge_views(x) if V > 1 else x
+        x = self.space.unfinish(z)
+        x = self.space.adapter.decode(x).float() if self.space.adapter else x
+        return merge_views(x) if self.space.num_views > 1 else x
 
     # -- pixels
 

@@ -62,14 +62,18 @@ class LatentSpace(nn.Module):
         z = features if self.mean is None else (features - self.mean) / self.std
         return merge_views(z) if self.num_views > 1 else z
 
+    def unfinish(self, z: Tensor) -> Tensor:
+        """Undo `finish`: (B, T', h, V w, C) -> (B, [V,] T', h, w, C)."""
+        z = split_views(z, self.num_views) if self.num_views > 1 else z
+        return z if self.mean is None else z * self.std + self.mean
+
     def encode(self, frames: Tensor) -> Tensor:
         """Encode clips: (B, [V,] T, H, W, 3) -> (B, T', h, V w, C), float32."""
         return self.finish(self.features(frames))
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode latents: (B, T', h, V w, C) -> (B, [V,] T, H, W, 3), float32 in [0, 1]."""
-        z = split_views(z, self.num_views) if self.num_views > 1 else z
-        z = z if self.mean is None else z * self.std + self.mean
+        z = self.unfinish(z)
         if self.pixel_decoder:
             return self.pixel_decoder(z).float().clamp(0, 1)
         return self.encoder.decode(self.adapter.decode(z) if self.adapter else z)
@@ -315,8 +319,7 @@ class WorldModel:
 
         -> the frames as floats, on the model's device
         """
-        frames = torch.as_tensor(frames)
-        frames = (frames / 255 if frames.dtype == torch.uint8 else frames.float()).to(self.device)
+        frames = files.to_floats(frames).to(self.device)
         z = self.encode(frames)
         self.batched, self.cache = z.ndim == 5, None
         self.z = z if self.batched else z[None]
@@ -420,9 +423,8 @@ class Args:
 def main() -> None:
     args = files.parse_args(Args)
     model = WorldModel(args.checkpoint, args.device, args.encoder_weights)
-    with files.reading(args.image, ""):
-        content = Path(args.image).read_bytes()
-    picture = files.decode_frame(content, None, args.image, "give another picture")
+    with files.reading(args.image, remedy := "give another picture", OSError):
+        picture = files.decode_frame(Path(args.image).read_bytes(), None, args.image, remedy)
     size, views = model.data["image_size"], np.array_split(picture, model.space.num_views, 1)
     frames = np.stack([files.decode_frame(view, size, args.image) for view in views])[:, None]
     if args.actions is None:
