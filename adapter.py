@@ -371,7 +371,9 @@ def pack(**parts: nn.Module | None) -> tuple[dict, dict]:
     return tensors, metadata
 
 
-def unpack(part: str, make: Callable, tensors: dict, metadata: dict, where: str):
+def unpack(
+    part: str, make: Callable, tensors: dict, metadata: dict, where: str
+) -> nn.Module | None:
     """Make a part of a file, in eval mode, if it has it; no memory is taken before shapes agree."""
     if metadata[f"{part}_config"] is None:
         return None

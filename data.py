@@ -241,17 +241,26 @@ class Processes(NamedTuple):
         return votes.item() > 0
 
 
+def open_device(name: str | torch.device) -> torch.device:
+    """Return a device, tried; one that is not here is an InputError."""
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {str(name)!r} cannot be used ({reason}); try cpu") from error
+
+
 def init_processes(device: str | None = None, timeout_minutes: float = 60) -> Processes:
     """Join the process group when torchrun started us (NCCL on CUDA, gloo elsewhere)."""
     names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in names)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = open_device(f"cuda:{local_rank}" if name == "cuda" else name)
     if where.type == "cpu" and sys.platform == "linux":  # keep freed memory: page faults are slow
         libc = ctypes.CDLL(None)
         for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             getattr(libc, "mallopt", lambda *_: None)(option, value)
     if where.type == "cuda":
-        where = torch.device("cuda", local_rank if where.index is None else where.index)
         torch.cuda.set_device(where)
     if world == 1:
         return Processes(rank, world, where)
@@ -308,8 +317,10 @@ REMEDY = "convert the data set again"
 
 
 @contextlib.contextmanager
-def open_frame(image: bytes | np.ndarray, where: str, remedy=REMEDY) -> Iterator[Image.Image]:
-    """Open a uint8 array (H, W, 3), or JPEG or PNG bytes; what Pillow meets becomes an InputError."""
+def open_frame(
+    image: bytes | np.ndarray, where: str, remedy: str = REMEDY
+) -> Iterator[Image.Image]:
+    """Open a uint8 array (H, W, 3), or JPEG or PNG bytes; a Pillow error becomes an InputError."""
     try:
         if isinstance(image, bytes):
             opened = Image.open(io.BytesIO(image), formats=("JPEG", "PNG"))
@@ -715,7 +726,7 @@ POLICIES = ("expert", "near_miss", "play", "random")
 
 @dataclasses.dataclass(frozen=True)
 class ToyConfig:
-    """Choose a toy world; the defaults are easy, the last group serves out-of-distribution tests."""
+    """Choose a toy world; the defaults are easy, the last group makes it out of distribution."""
 
     size: int = 64  # image side in pixels
     episodes: int = 300  # training episodes
@@ -761,7 +772,7 @@ def _axes(yaw: float) -> np.ndarray:
 
 
 def _free(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | None:
-    """Return the least move that frees b from a, None if apart: x, y, yaw, half length and width."""
+    """Return the least move that frees b from a, None if apart: x, y, yaw, half length, width."""
     moves = []
     for angle in (a[2], a[2] + math.pi / 2, b[2], b[2] + math.pi / 2):
         c, s = math.cos(angle), math.sin(angle)
@@ -775,10 +786,11 @@ def _free(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | None:
     return min(moves)[1:]
 
 
-def _far_to_near(planes: np.ndarray, corners: np.ndarray, pixels: np.ndarray, eye) -> list[int]:
+def _far_to_near(planes: np.ndarray, corners: np.ndarray, pixels: np.ndarray, eye: np.ndarray):
     """Sort boxes for painting: of two that meet in the image, a face plane between them decides.
 
     planes (N, 6, 4) outward normal and offset of each face, corners (N, 8, 3), pixels (N, 8, 2)
+    ->  indices of the boxes
     """
     gap = np.einsum("nfd,mkd->nfmk", planes[..., :3], corners).min(-1) - planes[:, :, 3, None]
     face, gap = gap.argmax(1), gap.max(1)  # (N, N): the face of n that best separates m from n
@@ -996,10 +1008,10 @@ def toy_policy(world: ToyWorld, kind: str, rng: np.random.Generator) -> Iterator
     """
     rise, count = 0.09 * UP, len(world.names)
 
-    def anywhere(low=0.0):
+    def anywhere(low: float = 0.0) -> np.ndarray:
         return rng.uniform(WORKSPACE[0] + low * UP, WORKSPACE[1])
 
-    def carry(i, support, error=0.0):
+    def carry(i: int, support: np.ndarray, error: float | np.ndarray = 0.0) -> Iterator[tuple]:
         h = world.half[i]
         pick, put = world.block[i, :3] + error - 0.4 * h * UP, support + (0.6 * h + 0.004) * UP
         for place, free, before, after in ((pick, None, 1, 0), (put, 0, 0, 1)):
@@ -1007,14 +1019,14 @@ def toy_policy(world: ToyWorld, kind: str, rng: np.random.Generator) -> Iterator
             yield place, before, 6, 0.008
             yield place + rise, after, 6, 0.04
 
-    def push(i):
+    def push(i: int) -> Iterator[tuple]:
         run = 0.085 * _axes(rng.uniform(-math.pi, math.pi))[0]
         at = np.append(world.block[i, :2], 0.02)
         yield from [(at - run + rise, None, 6, 0.045), (at - run, 0, 4, 0.02)]
         yield at + run * rng.uniform(0.6, 1.5), 0, 4, 0.02
         yield at + run * 0.3 + rise, int(rng.integers(2)), 3, 0.045
 
-    def legs():
+    def legs() -> Iterator[tuple]:
         """Yield (place, gripper or None: any, most steps, distance at which it is reached)."""
         if kind in ("expert", "near_miss"):
             miss = int(rng.integers(1, 4 if count > 1 else 3)) if kind == "near_miss" else 0
@@ -1070,7 +1082,7 @@ def toy_state_at(metadata: dict, t: int) -> ToyWorld:
 
 
 def generate_toy(output_dir: str | Path, config: ToyConfig | None = None) -> Path:
-    """Write <output_dir>/toy/{train,test}; a complete set stays, one of another config is refused."""
+    """Write <output_dir>/toy/{train,test}; a complete set stays, another config's is refused."""
     config, folder = config or ToyConfig(), Path(output_dir) / "toy"
     header = {"dataset": "toy", "fps": 5, "action_mapping": "bridge", "image_size": config.size}
     header["toy"] = json.loads(json.dumps({"version": TOY_VERSION, **dataclasses.asdict(config)}))
@@ -1098,10 +1110,10 @@ def generate_toy(output_dir: str | Path, config: ToyConfig | None = None) -> Pat
 class Args:
     """Download and convert robot data, or look at converted data.
 
-    Public sets are those of SOURCES in data.py. bridge_v2 comes from its authors (124 GB); `bridge`,
+    Public sets: those of SOURCES in data.py. bridge_v2 is its authors' (124 GB); `bridge`,
     the copy in the Open X-Embodiment bucket, is an OLDER data set (387 GB, 480x640). Own data:
-    --source FOLDER with an .npz an episode (frames (T,H,W,3) or (V,T,H,W,3) uint8, actions (T,7..10),
-    optional language, success, fps), or a folder an episode (images in order of name, or a folder
+    --source FOLDER with an .npz an episode (frames ([V,] T,H,W,3) uint8, actions (T,7-10), optional
+    language, success, fps), or a folder an episode (images in order of name, or a folder
     of them a camera; actions.npy; optional metadata.json), below train/ and test/ or split by hash.
     """
 
@@ -1133,7 +1145,14 @@ class Shard(NamedTuple):
     size: int = 0  # bytes, as far as known before it is read
 
 
-def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tries=8, pause=1.0):
+def fetch(
+    url: str,
+    path: Path,
+    progress: Callable[[int], Any],
+    timeout: float = 30.0,
+    tries: int = 8,
+    pause: float = 1.0,
+) -> None:
     """Download to `path`: resume, retry with growing pauses, check the length.
 
     Raises InputError when the server refuses, or when `tries` attempts in a row got no further.
@@ -1154,7 +1173,8 @@ def fetch(url: str, path: Path, progress: Callable[[int], Any], timeout=30.0, tr
             size, length = part.stat().st_size, reply.headers.get("Content-Length", "")
             if length and size != have + int(length):
                 raise ConnectionError(f"{size} of {have + int(length)} bytes came")
-            return os.replace(part, path)
+            os.replace(part, path)
+            return
         except (OSError, http.client.HTTPException) as error:
             code = getattr(error, "code", 500)
             if getattr(error, "errno", 0) in DISK_FULL:
@@ -1241,7 +1261,9 @@ def open_source(args: Args, folder: Path, taken: int) -> tuple:
         return public, base, url, list_shards(rlds[0], base, not url, args), read
 
 
-def convert_shard(episodes: Iterable[Any], shard: Shard, folder: Path, header: dict, skip: bool):
+def convert_shard(
+    episodes: Iterable[Any], shard: Shard, folder: Path, header: dict, skip: bool
+) -> dict:
     """Write a shard's episodes; return its record for the index.
 
     Raises InputError at a bad episode, with nothing of the shard left, unless `skip` lists it.
@@ -1579,7 +1601,14 @@ class ClipSampler(torch.utils.data.Sampler):
     start  number of batches taken before: resumes in the middle of an epoch
     """
 
-    def __init__(self, dataset: EpisodeDataset, batch_size: int, rank=0, world=1, start=0):
+    def __init__(
+        self,
+        dataset: EpisodeDataset,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
+    ):
         self.sizes, self.seed, self.start = dataset.sizes, dataset.config.seed, start
         self.batch_size, self.rank, self.world = batch_size, rank, world
         weights = dataset.config.weights or self.sizes
@@ -1657,7 +1686,7 @@ def begin(cls: type, toy: Any, fixed: Sequence[str]) -> tuple[Any, Processes]:
     return args, proc
 
 
-def choose_clips(args: Any, proc: Processes, **others) -> DataConfig:
+def choose_clips(args: Any, proc: Processes, **others: Any) -> DataConfig:
     """Say how clips are cut, as the flags do; write the toy world when it is first used."""
     toy = "toy" in args.subset_names.split(",") and not Path(args.dataset_dir, "toy").exists()
     if toy and proc.rank == 0:
@@ -1667,7 +1696,9 @@ def choose_clips(args: Any, proc: Processes, **others) -> DataConfig:
     return DataConfig(**{n: getattr(args, n) for n in names}, views=args.num_views, **others)
 
 
-def fill_cache(config: DataConfig, proc: Processes, latents: str, encode: Callable, stride: int):
+def fill_cache(
+    config: DataConfig, proc: Processes, latents: str, encode: Callable, stride: int
+) -> None:
     """Have all processes write the latent cache of the training clips; stride frames a latent."""
     if stride > 1:
         raise InputError("cache_latents: these features depend on the clip; leave the flag out")
@@ -1702,7 +1733,17 @@ class Run:
     forward  passes one clip through the model: its FLOPs are counted
     """
 
-    def __init__(self, folder: Path, args, proc, parts, dataset, source: str, columns, forward):
+    def __init__(
+        self,
+        folder: Path,
+        args: Any,
+        proc: Processes,
+        parts: dict[str, Any],
+        dataset: EpisodeDataset,
+        source: str,
+        columns: Sequence[str],
+        forward: Callable,
+    ):
         self.folder, self.log, self.columns = folder, folder / "log.csv", columns
         self.args, self.proc, self.device = args, proc, proc.device
         self.parts, self.dataset = parts, dataset
@@ -1784,7 +1825,7 @@ class Run:
             raise InputError(f"{self.folder}: processes read steps {steps}; make it whole for all")
         self.say(f"resumed {self.folder} at step {self.step}")
 
-    def batches(self, clips) -> Iterator:
+    def batches(self, clips: torch.utils.data.Dataset) -> Iterator:
         """Serve this process's batches from here on, every random generator as it was here."""
         args, proc, start = self.args, self.proc, self.step * self.args.grad_accum
         sampler = ClipSampler(self.dataset, args.batch_size, proc.rank, proc.world, start)
@@ -1803,19 +1844,20 @@ class Run:
         return batches
 
     def micro_steps(self, net: Callable, batches: Iterator) -> Iterator[tuple]:
-        """Serve a step's batches: (batch, (generator, shard)), the latter for `diffusion.draw`.
+        """Serve a step's batches, each with {generator, shard} for `diffusion.draw`.
 
         Only the backward pass of the last one averages gradients over the processes.
         """
         accum, world = self.args.grad_accum, self.proc.world
         for micro in range(accum):
             self.generator.manual_seed(self.args.seed + 1_000_003 * self.step)
-            draws = self.generator, (micro * world + self.proc.rank, accum * world)
+            shard = micro * world + self.proc.rank, accum * world
+            draws = {"generator": self.generator, "shard": shard}
             wait = world > 1 and micro + 1 < accum
             with net.no_sync() if wait else contextlib.nullcontext():
                 yield next(batches), draws
 
-    def alone(self, write: Callable, *args) -> None:
+    def alone(self, write: Callable, *args: Any) -> None:
         """Have rank 0 write while all wait; a run that cannot write goes on, the old files stay."""
         if self.proc.rank == 0:
             try:

@@ -18,13 +18,13 @@ Shapes: B batch, T frames, h w latent grid, C latent channels, A action width.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from data import InputError, config_from
 
@@ -42,14 +42,10 @@ def shift_tau(tau: Tensor, g: float) -> Tensor:
     return g * tau / (1 + (g - 1) * tau)
 
 
-def per_frame(level: Tensor) -> Tensor:
-    """Let levels (B, T) multiply latents: -> (B, T, 1, 1, 1)."""
-    return level[:, :, None, None, None]
-
-
 def interpolate(z: Tensor, eps: Tensor, tau: Tensor) -> Tensor:
     """Move clean latents along the straight path toward noise: (1 - tau) z + tau eps."""
-    return (1 - per_frame(tau)) * z + per_frame(tau) * eps
+    tau = tau[:, :, None, None, None]
+    return (1 - tau) * z + tau * eps
 
 
 @functools.lru_cache(maxsize=8)
@@ -62,14 +58,19 @@ def alphas_cumprod(device: str | torch.device = "cpu") -> Tensor:
     return (1 - betas).cumprod(0).float().to(device)
 
 
-def draw(kind: Callable, shape, like: Tensor, generator=None, shard=(0, 1)) -> Tensor:
+def draw(
+    kind: Callable,
+    shape: Sequence[int],
+    like: Tensor,
+    generator: Generator | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> Tensor:
     """Draw for the global batch and take this process's slice, so that N processes equal one.
 
-    kind is torch.randn or torch.rand, shape that of this process's share, shard its (index, count).
-    Draws are float32, made on the generator's device and moved to `like`'s.
+    kind   torch.randn or torch.rand: float32, drawn on the generator's device, moved to `like`'s
+    shape  of this process's share;  shard  its (index, count)
     """
-    (index, count), B = shard, shape[0]
-    device = like.device if generator is None else generator.device
+    (index, count), B, device = shard, shape[0], (generator or like).device
     drawn = kind((count * B, *shape[1:]), generator=generator, device=device)
     return drawn[index * B : (index + 1) * B].to(like.device)
 
@@ -112,23 +113,19 @@ class Objective:
     def to_dict(self) -> dict:
         """Give what `objective_from` reads."""
         name = next(name for name, kind in OBJECTIVES.items() if kind is type(self))
-        return {"name": name, **dataclasses.asdict(self)}
+        return {"name": name, **asdict(self)}
 
     def loss(
-        self, model: Callable, z: Tensor, actions: Tensor, num_history, generator=None, shard=(0, 1)
+        self, model: Callable, z: Tensor, actions: Tensor, num_history: int, **draws: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Give the mean squared error of v, and detached logs.
 
-        num_history frames, 0 to T - 1, are known; draws are for the global batch, see `draw`.
+        num_history frames, 0 to T - 1, are known; draws: generator and shard, see `draw`.
         """
-        if z.ndim != 5 or actions.shape[:-1] != z.shape[:2]:
-            shapes = f"latents {tuple(z.shape)} and actions {tuple(actions.shape)}"
-            raise InputError(f"loss got {shapes}; give (B, T, h, w, C) and (B, T, A)")
-        if not 0 <= num_history < z.shape[1]:
-            raise InputError(f"num_history is {num_history} of {z.shape[1]} frames; choose fewer")
-        z = z.float()
-        sample = functools.partial(draw, like=z, generator=generator, shard=shard)
-        z_tau, tau, v, scored = self.noised(z, num_history, sample)
+        assert z.ndim == 5 and actions.shape[:-1] == z.shape[:2], (z.shape, actions.shape)
+        assert 0 <= num_history < z.shape[1], (num_history, z.shape)
+        sample = functools.partial(draw, like=z, **draws)
+        z_tau, tau, v, scored = self.noised(z.float(), num_history, sample)
         loss = (model(z_tau, tau, actions).float() - v)[:, scored:].square().mean()
         return loss, {"loss": loss.detach()}
 
@@ -150,24 +147,21 @@ class Objective:
 
         def velocity(z_new: Tensor, k: int) -> Tensor:
             tau = torch.cat((tau_known, tau_known.new_full((len(z), 1), levels[k])), 1)
-            window = torch.cat((z_known, z_new), 1)
-            v = model(both(window, guidance), both(tau, guidance), actions)
+            v = model(both(torch.cat((z_known, z_new), 1), guidance), both(tau, guidance), actions)
             return guide(v[:, -1:], guidance)
 
         return self.denoise(velocity, eps)
 
-    def encode_context(self, model, z: Tensor, actions: Tensor, guidance: float = 1.0, cache=None):
-        """Give the context cache of known frames (B, n, ...): n < max_frames, also 0."""
+    def encode_context(
+        self, model: Any, z: Tensor, actions: Tensor, guidance: float = 1.0, cache: Any = None
+    ) -> Any:
+        """Add known frames (B, n, ...) and their actions to a context cache; None: to a new one."""
         z, tau = (both(x, guidance) for x in self.condition(z))
         return model.encode_context(z, tau, both(actions, guidance, null_action), cache)
 
-    def append(self, model, cache, z: Tensor, action: Tensor, guidance: float = 1.0) -> None:
-        """Add one known frame (B, 1, h, w, C) with its action (B, A) to the cache."""
-        z, tau = (both(x, guidance) for x in self.condition(z))
-        actions = both(action, guidance, null_action)[:, None]
-        model.denoise(z, model.modulations(tau, actions), cache, keep=True)
-
-    def next_frame(self, model, cache, action: Tensor, eps: Tensor, guidance: float = 1.0):
+    def next_frame(
+        self, model: Any, cache: Any, action: Tensor, eps: Tensor, guidance: float = 1.0
+    ) -> Tensor:
         """Denoise the frame after the cached ones; the cache is left as it was.
 
         action (B, A) beside the new frame, eps (B, 1, h, w, C)  ->  (B, 1, h, w, C)
@@ -191,7 +185,7 @@ class Objective:
         num_frames: int,
         guidance: float = 1.0,
         noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
         context: str = "exact",
     ) -> Tensor:
         """Dream num_frames frames after z_context (B, n, h, w, C); actions (B, n + num_frames, A).
@@ -205,15 +199,24 @@ class Objective:
             noise = draw(torch.randn, shape, z_context, generator)
         return self.extend(model, z_context.float(), actions, noise, guidance, context)[0]
 
-    def extend(self, model, z, actions, noise, guidance=1.0, context="exact", cache=None):
+    def extend(
+        self,
+        model: Callable,
+        z: Tensor,
+        actions: Tensor,
+        noise: Tensor,
+        guidance: float = 1.0,
+        context: str = "exact",
+        cache: Any = None,
+    ) -> tuple[Tensor, Any]:
         """Do a rollout, or go on with one: -> all frames (B, n + k, ...) and their context cache.
 
-        The window is `model.config.max_frames`; a callable without config sees all frames, one
-        without cache methods is run on the whole window at every step (so gradients can pass).
+        A callable without config sees all frames, not `model.config.max_frames`; one without cache
+        methods is run on the whole window at every step (so gradients can pass).
         z        (B, n, h, w, C)  known frames; those in the cache may be missing in front
         actions  (B, n + k, A)    beside known and new frames;  noise  (B, k, h, w, C)
-        context  exact: a full window is encoded anew for every frame; rolling: it keeps its keys
-                 and values as it slides (approximate, 11 frame passes instead of 19)
+        context  exact: a full window is encoded anew for every frame; rolling: it slides
+                 (approximate, 11 frame passes instead of 19)
         cache    of all frames before the last of z, as an earlier call gave it; changed in place
         """
         (B, n, *cell), k = z.shape, noise.shape[1]
@@ -230,10 +233,10 @@ class Objective:
             if not cached:
                 frames.append(self.next_frame_uncached(model, known, beside, eps, guidance))
                 continue
-            if cache is None or (context == "exact" and cache.frames == window - 1):
-                cache = self.encode_context(model, known, beside[:, :-1], guidance, cache)
-            else:
-                self.append(model, cache, frames[-1], actions[:, t - 1], guidance)
+            if cache and context == "exact" and cache.frames == window - 1:
+                cache.frames = cache.position = 0  # what slides is encoded anew
+            s = slice(-1 if cache and cache.frames else None, None)  # the last, or all
+            cache = self.encode_context(model, known[:, s], beside[:, :-1][:, s], guidance, cache)
             frames.append(self.next_frame(model, cache, actions[:, t], eps, guidance))
         return torch.cat((z[:, :0], *frames), 1), cache
 
@@ -252,13 +255,14 @@ class FlowMatching(Objective):
         if self.time_dist not in ("logit_normal", "uniform"):
             raise InputError(f"time_dist is {self.time_dist!r}; choose logit_normal or uniform")
 
-    def noised(self, z: Tensor, num_history: int, draw: Callable):
+    def noised(self, z: Tensor, num_history: int, draw: Callable) -> tuple:
         """Noise future frames; perturb history (tau 0): (z + s n) / sqrt(1 + s^2), s ~ 0.3 N."""
         uniform = self.time_dist == "uniform"
         tau = draw(torch.rand if uniform else torch.randn, z.shape[:2])
         tau = shift_tau(tau if uniform else tau.sigmoid(), self.shift)
         tau[:, :num_history] = 0
-        eps, s = draw(torch.randn, z.shape), per_frame(HISTORY_NOISE * draw(torch.randn, tau.shape))
+        eps = draw(torch.randn, z.shape)
+        s = HISTORY_NOISE * draw(torch.randn, (*tau.shape, 1, 1, 1))
         z_tau, perturbed = interpolate(z, eps, tau), (z + s * eps) / (1 + s**2).sqrt()
         z_tau[:, :num_history] = perturbed[:, :num_history]
         return z_tau, tau, eps - z, num_history
@@ -280,26 +284,23 @@ class FlowMatching(Objective):
 class DDPM(Objective):
     """Diffuse in 1000 levels; predict v = sqrt(a) eps - sqrt(1 - a) z of every frame."""
 
-    def noised(self, z: Tensor, num_history: int, draw: Callable):
+    def noised(self, z: Tensor, num_history: int, draw: Callable) -> tuple:
         """Noise all frames alike, each at level floor(1000 shift(u)), u uniform."""
         level = (DDPM_LEVELS * shift_tau(draw(torch.rand, z.shape[:2]), self.shift)).long()
         level = level.clamp(max=DDPM_LEVELS - 1)  # rounding can give 1000
-        a, eps = per_frame(alphas_cumprod(z.device)[level]), draw(torch.randn, z.shape)
+        eps, a = draw(torch.randn, z.shape), alphas_cumprod(z.device)[level][:, :, None, None, None]
         z_tau, v = a.sqrt() * z + (1 - a).sqrt() * eps, a.sqrt() * eps - (1 - a).sqrt() * z
         return z_tau, level / DDPM_LEVELS, v, 0
 
-    def grid(self) -> list[int]:
-        """Give linspace(-1, 999, steps + 1) from noise to clean, as integers; -1 is clean."""
-        grid = torch.linspace(-1, DDPM_LEVELS - 1, self.steps + 1, dtype=torch.float64)
-        return grid.long().flip(0).tolist()
-
     def levels(self) -> list[float]:
-        return [level / DDPM_LEVELS for level in self.grid()]
+        """Give linspace(-1, 999, steps + 1) from noise on, as integers, over 1000; -1 is clean."""
+        grid = torch.linspace(-1, DDPM_LEVELS - 1, self.steps + 1, dtype=torch.float64)
+        return (grid.long().flip(0).double() / DDPM_LEVELS).tolist()
 
     def step(self, z: Tensor, v: Tensor, k: int) -> Tensor:
         """Mix the clean frame and noise that v implies anew  [DDIM: Song et al. 2021, eq. 12]."""
-        levels, table = self.grid()[k : k + 2], alphas_cumprod().tolist()
-        a, a_next = (1.0 if level < 0 else table[level] for level in levels)
+        levels, table = self.levels()[k : k + 2], alphas_cumprod().tolist()
+        a, a_next = (1.0 if tau < 0 else table[round(DDPM_LEVELS * tau)] for tau in levels)
         clean, eps = a**0.5 * z - (1 - a) ** 0.5 * v, (1 - a) ** 0.5 * z + a**0.5 * v
         return a_next**0.5 * clean + (1 - a_next) ** 0.5 * eps
 
@@ -313,8 +314,7 @@ OBJECTIVES = {"flow_matching": FlowMatching, "ddpm": DDPM}
 
 def objective_from(values: dict, where: str = "objective") -> Objective:
     """Build an objective from what `Objective.to_dict` stored."""
-    values = dict(values)
-    name = values.pop("name", None)
+    name, fields = values.get("name"), {k: v for k, v in values.items() if k != "name"}
     if name not in OBJECTIVES:
         raise InputError(f"{where}: no objective {name!r}; choose {' or '.join(OBJECTIVES)}")
-    return config_from(OBJECTIVES[name], values, where)
+    return config_from(OBJECTIVES[name], fields, where)

@@ -22,21 +22,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import (
-    InputError,
-    config_from,
-    linear,
-    load_strictly,
-    load_tensors,
-    load_torch,
-    strip_prefixes,
-)
+import data
+from data import InputError, linear
 
 DIT_SIZES = {
     "T": dict(dim=256, depth=2, heads=4),
@@ -99,7 +93,9 @@ def axis_angles(positions: Tensor, channels: int) -> Tensor:
     return positions[..., None] * 10000.0 ** (-torch.arange(half, device=positions.device) / half)
 
 
-def build_rope(config: DiTConfig, first: int, T: int, h: int, w: int, device: torch.device):
+def build_rope(
+    config: DiTConfig, first: int, T: int, h: int, w: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Build cos and sin of spatial and of temporal attention, T frames from position `first`.
 
     Axes share the head dim evenly, first axis first: h, w in space; t in time; t, h, w jointly.
@@ -157,7 +153,9 @@ class Project(torch.autograd.Function):
     """Multiply prologue(*inputs) by a weight; keep the inputs and compute the prologue again."""
 
     @staticmethod
-    def forward(ctx, prologue: Callable, weight, bias, *inputs):
+    def forward(
+        ctx: Any, prologue: Callable, weight: Tensor, bias: Tensor | None, *inputs: Tensor
+    ) -> Tensor:
         device = weight.device.type.replace("meta", "cpu")  # meta tensors know no autocast
         dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         ctx.prologue, ctx.autocast = prologue, torch.autocast(device, dtype, enabled)
@@ -165,7 +163,7 @@ class Project(torch.autograd.Function):
         return linear(prologue(*inputs), weight, bias)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, bias, *inputs = ctx.saved_tensors
         _, need_weight, need_bias, *needs = ctx.needs_input_grad
         inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
@@ -259,7 +257,7 @@ class Block(nn.Module):
         self.attn = nn.ModuleDict(dict(qkv_proj=qkv, out_proj=Linear(dim, dim)))
         self.ffwd = nn.ModuleDict(dict(w12=Linear(dim, 2 * hidden), w3=Linear(hidden, dim)))
 
-    def forward(self, x: Tensor, modulation: Tensor, rope: Tensor, attend: Callable):
+    def forward(self, x: Tensor, modulation: Tensor, rope: Tensor, attend: Callable) -> Any:
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, -1)
         qkv = self.attn["qkv_proj"](x, shift_attn, scale_attn, prologue=modulate)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, T, N, H, E)
@@ -314,7 +312,9 @@ class DiT(nn.Module):
             else:
                 nn.init.xavier_uniform_(x.flatten(1))
 
-    def forward(self, z: Tensor, tau: Tensor, actions: Tensor, drop: Tensor | None = None):
+    def forward(
+        self, z: Tensor, tau: Tensor, actions: Tensor, drop: Tensor | None = None
+    ) -> Tensor:
         (B, T), last = z.shape[:2], self.config.action_dim - 1
         if T > self.config.max_frames:
             raise InputError(f"DiT got {T} frames, over max_frames={self.config.max_frames}")
@@ -331,8 +331,7 @@ class DiT(nn.Module):
 
         -> (B, T, 1, ...) for every block and the head; denoising steps of one frame may stand for T
         """
-        if actions.shape != (*tau.shape, self.config.action_dim):
-            needed = (*tau.shape, self.config.action_dim)
+        if actions.shape != (needed := (*tau.shape, self.config.action_dim)):
             raise InputError(f"DiT got actions of shape {tuple(actions.shape)}; give {needed}")
         dtype = self.action_embedder.weight.dtype
         time = self.timestep_mlp(timestep_embedding(tau).to(dtype))[:, :, None]
@@ -367,12 +366,14 @@ class DiT(nn.Module):
         return x.permute(0, 1, 2, 4, 3, 5, 6).reshape(z.shape).to(z.dtype)
 
     # -- frame by frame: encode_context once, then denoise at every noise level and keep the result
-    def encode_context(self, z, tau, actions, cache: ContextCache | None = None) -> ContextCache:
-        """Compute the keys and values of known frames, T < max_frames; `cache` lends its memory."""
+    def encode_context(
+        self, z: Tensor, tau: Tensor, actions: Tensor, cache: ContextCache | None = None
+    ) -> ContextCache:
+        """Compute the keys and values of known frames, T < max_frames, and add them to `cache`."""
         T, window = z.shape[1], self.config.max_frames
         if T >= window:
             raise InputError(f"a window of {window} holds {window - 1} known frames, not {T}")
-        cache = ContextCache(window, 0, 0, cache.kv if cache else {})
+        cache = cache or ContextCache(window, 0, 0, {})
         modulations = self.modulations(tau, actions) if T else []
         step = 1 if z.device.type == "cpu" else window  # one frame at a time fits a CPU's caches
         for part in (slice(t, t + step) for t in range(0, T, step)):
@@ -380,7 +381,9 @@ class DiT(nn.Module):
         return cache
 
     @torch.no_grad()
-    def denoise(self, z: Tensor, modulations: list[Tensor], cache: ContextCache, keep=False):
+    def denoise(
+        self, z: Tensor, modulations: list[Tensor], cache: ContextCache, keep: bool = False
+    ) -> Tensor | None:
         """Predict v of the frame (B, 1, h, w, C) after the cached ones, or keep it in the cache.
 
         modulations  `modulations(tau, actions)` of this frame (T = 1) at this noise level
@@ -416,13 +419,13 @@ def released_state(content: object, where: str) -> dict[str, Tensor]:
     values = content.values() if isinstance(content, dict) else [None]
     if not all(torch.is_tensor(x) and x.is_floating_point() for x in values):
         raise InputError(f"{where}: no state dict, bare or in 'ema' or 'model'; give a DiT file")
-    state = strip_prefixes(content, ("module.", "_orig_mod."))
+    state = data.strip_prefixes(content, ("module.", "_orig_mod."))
     if len(state) != len(content):
         raise InputError(f"{where}: tensors occur with and without a prefix; keep one set")
     return state
 
 
-def load_dit(path: str | Path, **overrides) -> DiT:
+def load_dit(path: str | Path, **overrides: Any) -> DiT:
     """Load our `world_model.safetensors` or a released `.pt`, exactly or not at all, in eval mode.
 
     overrides  config fields that released weights do not show: temporal_mode, num_views, view_rope,
@@ -430,7 +433,7 @@ def load_dit(path: str | Path, **overrides) -> DiT:
     Raises InputError for anything missing, left over, ambiguous or contradictory.
     """
     where, ours = str(path), Path(path).suffix == ".safetensors"
-    state, metadata = load_tensors(path) if ours else (load_torch(path), {})
+    state, metadata = data.load_tensors(path) if ours else (data.load_torch(path), {})
     if "dit_config" in metadata:
         fields = metadata["dit_config"]
         state = {name[4:]: x for name, x in state.items() if name.startswith("dit.")}
@@ -454,11 +457,11 @@ def load_dit(path: str | Path, **overrides) -> DiT:
         if fields["dim"] % 64:
             raise InputError(f"{where}: width {fields['dim']} does not tell the heads; give heads")
         fields["heads"] = 16 if fields["dim"] == 1152 else fields["dim"] // 64
-    config = config_from(DiTConfig, fields, where)
+    config = data.config_from(DiTConfig, fields, where)
     with torch.device("meta"):
         dit = DiT(config)
     dit.to_empty(device="cpu")
-    load_strictly(dit, state, where)
+    data.load_strictly(dit, state, where)
     return dit.eval()
 
 

@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ scale_rae_siglip 16x16x1152 428+416M yes     yes     google/siglip2-so400m-patch
 scale_rae_webssl 16x16x1024 304+415M yes     yes     facebook/webssl-dino300m-full2b-224
 vjepa2           16x16x1024 305M     yes     no      https://dl.fbaipublicfiles.com/vjepa2
 qwen             16x16x1280 669M     yes     no      Qwen/Qwen2.5-VL-3B-Instruct
-"""  # latent of a 256x256 frame; encoder + decoder; adapter: so wide that the paper compresses it
+"""  # noqa: E501  latent of a 256x256 frame; encoder + decoder; adapter: the paper compresses it
 ROWS = {row.split()[0]: row.split() for row in TABLE.splitlines()[1:]}
 RELEASES = {kind: row[-1] for kind, row in ROWS.items()}
 DECODERS = {
@@ -80,16 +81,16 @@ class EncoderConfig:
 
     def __post_init__(self):
         if self.encoder_type not in RELEASES:
-            raise ValueError(f"encoder_type {self.encoder_type!r} is none of {', '.join(RELEASES)}")
+            raise InputError(f"encoder_type {self.encoder_type!r} is none of {', '.join(RELEASES)}")
         if self.qwen_mode not in ("video", "image"):
-            raise ValueError(f"qwen_mode {self.qwen_mode!r} is neither 'video' nor 'image'")
+            raise InputError(f"qwen_mode {self.qwen_mode!r} is neither 'video' nor 'image'")
         if self.patch_size < 1 or (self.image_size is not None and self.image_size < 1):
-            raise ValueError("patch_size and image_size must be positive")
+            raise InputError("patch_size and image_size must be positive")
         owners = {"decoder_weights": DECODERS, "standardize": STATISTICS, "sd3_shift": ["vae"]}
         owners |= {"qwen_mode": ["qwen"], "final_norm": ["scale_rae_siglip"]}
         for name, types in (owners | {"weights": [*RELEASES][1:]}).items():
             if self.encoder_type not in types and getattr(self, name) != getattr(type(self), name):
-                raise ValueError(f"{name} is an option of {', '.join(types)} only")
+                raise InputError(f"{name} is an option of {', '.join(types)} only")
 
 
 def fetch(name: str, file: str, cached: bool) -> Path:
@@ -253,7 +254,7 @@ class Network(nn.Module):
         weight = self.tensor(f"{name}.weight").flatten(1)
         return data.linear(x.type_as(weight), weight, self.tensor(f"{name}.bias", len(weight)))
 
-    def conv(self, x: Tensor, name: str, bias: bool = True, **options) -> Tensor:
+    def conv(self, x: Tensor, name: str, bias: bool = True, **options: Any) -> Tensor:
         weight = self.tensor(f"{name}.weight")
         bias = self.tensor(f"{name}.bias", len(weight)) if bias else None
         return (F.conv2d if x.ndim == 4 else F.conv3d)(x.type_as(weight), weight, bias, **options)
@@ -347,7 +348,9 @@ class Transformer(Network):
         out = [self.linear(x, name + part) for part in parts]
         return out if len(out) == count else out[0].chunk(count, dim=-1)
 
-    def block(self, x: Tensor, i: int, turn: Tensor | None = None, mask: Tensor | None = None):
+    def block(
+        self, x: Tensor, i: int, turn: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Map tokens (N, n, D) through block i; out of place: tests/study.py trains through it."""
         name = f"{self.blocks}{i}."
         scales = [self.tensor(name + scale, x.shape[-1]) for scale in self.scales]

@@ -29,7 +29,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ from dit import load_dit, merge_views
 from encoders import EncoderConfig
 from world_model import PLANNERS, SEARCHED, WorldModel, build_latent_space, candidate_cost
 
+Device = str | torch.device
 DISTANCES = ("fid", "fid_tv", "fvd", "fvd_r3d")
 PIXELS = ("psnr", "ssim", "lpips", "t_lpips", *DISTANCES, "pck", "pck_patch")
 SIMULATED = ("counterfactual", "objects", "goal")  # need episodes of the toy world
@@ -130,13 +131,13 @@ class Args:
     def __post_init__(self):
         for name, known in (("metrics", METRICS), ("searches", PLANNERS)):
             if unknown := {*getattr(self, name).split(",")} - {*known}:
-                raise ValueError(f"{name}: no {sorted(unknown)}; choose among {', '.join(known)}")
+                raise InputError(f"{name}: no {sorted(unknown)}; choose among {', '.join(known)}")
         if not all(k.isdigit() and int(k) > 0 for k in self.horizons.split(",")):
-            raise ValueError(f"horizons {self.horizons!r}: give numbers from 1 on, such as 1,4")
+            raise InputError(f"horizons {self.horizons!r}: give numbers from 1 on, such as 1,4")
         least = {"num_episodes": 2, "windows": 2, "population": 16, "batch_size": 1, "max_steps": 1}
         least |= {"policy_starts": 2, "policy_trials": 1, "policy_steps": 8, "probe_width": 32}
         if small := [f"{name} >= {n}" for name, n in least.items() if getattr(self, name) < n]:
-            raise ValueError(f"need {', '.join(small)}")
+            raise InputError(f"need {', '.join(small)}")
 
 
 TOY = Args(subset_names="toy", num_episodes=64, windows=16, population=64)
@@ -191,7 +192,9 @@ STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
 }
 
 
-def bootstrap(samples, statistic: str = "mean", minus=None) -> tuple[float, list | None, int]:
+def bootstrap(
+    samples: Any, statistic: str = "mean", minus: Any = None
+) -> tuple[float, list | None, int]:
     """Give a statistic of the clips, its 95 % percentile interval over 1000 resamplings, and N.
 
     samples  (N, ...)   one entry a clip; of means, clips without a value do not count
@@ -201,7 +204,7 @@ def bootstrap(samples, statistic: str = "mean", minus=None) -> tuple[float, list
     valid = np.isfinite(sum(pair)) if statistic == "mean" else np.ones(len(pair[0]), bool)
     pair, size, random = [s[valid] for s in pair], int(valid.sum()), np.random.default_rng(0)
 
-    def value(index) -> float:
+    def value(index: Any) -> float:
         first, *other = (STATISTICS[statistic](s[index]) for s in pair)
         return float(first - sum(other))
 
@@ -275,7 +278,9 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 # Published networks, each read from a local file; frames and clips are channels-last in [0, 1].
 
 
-def load_network(metric: str, kind: str, folder: str | Path, device, **options) -> nn.Module:
+def load_network(
+    metric: str, kind: str, folder: str | Path, device: Device, **options: Any
+) -> nn.Module:
     """Build a torchvision model, load it strictly from `folder` or torch.hub's cache.
 
     Only batch counters, which old files lack, may be absent. Raises Unavailable without the file.
@@ -293,7 +298,7 @@ def load_network(metric: str, kind: str, folder: str | Path, device, **options) 
     return net.eval().requires_grad_(False).to(device)
 
 
-def load_lpips(folder: str | Path, device) -> Callable[[Tensor, Tensor], Tensor]:
+def load_lpips(folder: str | Path, device: Device) -> Callable[[Tensor, Tensor], Tensor]:
     """Build LPIPS (AlexNet) of the lpips package from a local trunk: frames twice -> (N,)."""
     import lpips
 
@@ -307,7 +312,7 @@ def load_lpips(folder: str | Path, device) -> Callable[[Tensor, Tensor], Tensor]
     return lambda x, y: model(x.movedim(-1, 1), y.movedim(-1, 1), normalize=True).flatten()
 
 
-def load_t_lpips(folder: str | Path, device) -> Callable[[Tensor, Tensor], Tensor]:
+def load_t_lpips(folder: str | Path, device: Device) -> Callable[[Tensor, Tensor], Tensor]:
     """Build t-LPIPS: real and generated clips (B, T, H, W, 3) -> (B, T - 1).
 
     |LPIPS(x_t, W x_{t+1}) - LPIPS(y_t, W y_{t+1})|, W warping by the real video's flow (RAFT)
@@ -328,7 +333,7 @@ def load_t_lpips(folder: str | Path, device) -> Callable[[Tensor, Tensor], Tenso
     return compare
 
 
-def load_inception(metric: str, folder: str | Path, device) -> Callable[[Tensor], Tensor]:
+def load_inception(metric: str, folder: str | Path, device: Device) -> Callable[[Tensor], Tensor]:
     """Build the FID network: frames (N, H, W, 3) -> features (N, 2048).
 
     `fid`: TensorFlow's Inception of 2015 in the pytorch-fid layout: 1008 classes, average pools
@@ -352,7 +357,7 @@ def load_inception(metric: str, folder: str | Path, device) -> Callable[[Tensor]
     return features
 
 
-def load_video(metric: str, i3d: str | None, folder: str | Path, device) -> Callable:
+def load_video(metric: str, i3d: str | None, folder: str | Path, device: Device) -> Callable:
     """Build an FVD network: clips (B, T, H, W, 3), the last frame repeated up to 16 -> features.
 
     `fvd`: the field's I3D as TorchScript, whose code is run. `fvd_r3d`: the paper's, torchvision's
@@ -429,7 +434,7 @@ def track_patches(clips: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.stack(x, 1) for x in zip(*tracks, strict=True))
 
 
-def load_cotracker(source: str | None, device) -> Callable[[Tensor, Tensor], tuple]:
+def load_cotracker(source: str | None, device: Device) -> Callable[[Tensor, Tensor], tuple]:
     """Open CoTracker3 through torch.hub (runs its code): `source` is 'hub' or a local clone."""
     if source != "hub" and not (source and (Path(source) / "hubconf.py").is_file()):
         reason = f"pck needs CoTracker: --cotracker {source} has no hubconf.py (its code is run)"
@@ -579,7 +584,9 @@ class Probe(nn.Module):
         return F.binary_cross_entropy_with_logits(self.judge(z, text), y)
 
 
-def fit(net: Probe, read: Callable, y: Tensor, held: np.ndarray, steps: int, lr: float):
+def fit(
+    net: Probe, read: Callable, y: Tensor, held: np.ndarray, steps: int, lr: float
+) -> tuple[float, float]:
     """Train on the samples that are not held out; keep the best of ten states, give its score.
 
     read(p)  features (B, T, cells, C) of the samples p and their text (B, L, E) or None, on the
@@ -623,7 +630,7 @@ def fit(net: Probe, read: Callable, y: Tensor, held: np.ndarray, steps: int, lr:
     return score
 
 
-def load_text(path: str | None, device) -> Callable[[Sequence[str]], Tensor]:
+def load_text(path: str | None, device: Device) -> Callable[[Sequence[str]], Tensor]:
     """Open SigLIP 2's text tower from a local folder: B sentences -> tokens (B, 64, E)."""
     if path is None or not Path(path).is_dir():
         reason = "the text-conditioned probe needs SigLIP 2: name its folder with --text_weights"
@@ -703,7 +710,7 @@ def draw_tables(path: Path, tables: list[list[list[str]]]) -> None:
 # Results: rows of numbers, what they say in words, and the file they are kept in.
 
 
-def plain(x):
+def plain(x: Any) -> Any:
     """Turn results into JSON values: lists for tensors, None for NaN."""
     return json.loads(json.dumps(x, default=lambda x: x.tolist()), parse_constant=lambda _: None)
 
@@ -783,7 +790,7 @@ class Results:
     samples  {(statistic, row, kind): {clip: sample}}   of this process and the metric in progress
     """
 
-    def __init__(self, folder: Path, args: Args, proc: data.Processes, **subject):
+    def __init__(self, folder: Path, args: Args, proc: data.Processes, **subject: str):
         self.proc, self.args, self.path = proc, vars(args), folder / "results.json"
         free = "metrics compare strict output_dir batch_size device dataset_dir policy weights_dir "
         free += "i3d_path cotracker text_weights encoder_weights"
@@ -857,7 +864,7 @@ class Results:
 # The model and its clips, measured.
 
 
-def open_model(args: Args, device) -> WorldModel:
+def open_model(args: Args, device: Device) -> WorldModel:
     """Open `--checkpoint_path`, or put the parts of a released model together."""
     if args.model_preset is None:
         if args.checkpoint_path is None:
@@ -879,7 +886,7 @@ def open_model(args: Args, device) -> WorldModel:
     print(f"{paths[0]}: names no objective; taken as {args.objective} (choose with --objective)")
     shift = 1.0 if kind == "vae" else time_shift(256, space.latent_dim)
     parts = load_dit(paths[0], max_frames=10), OBJECTIVES[args.objective](shift=shift), space
-    return WorldModel.from_parts(*parts, RELEASED, device)
+    return WorldModel((*parts, RELEASED), device)
 
 
 def spread(size: int, count: int) -> list[int]:
@@ -952,7 +959,7 @@ class Evaluation:
         actions = data.merge_actions(actions, info["times"], self.config.action_merge)
         return torch.from_numpy(actions)[None].to(self.device)
 
-    def filmed(self, info: dict, places=slice(None)) -> Tensor:
+    def filmed(self, info: dict, places: Any = slice(None)) -> Tensor:
         """Read the frames (1, [V,] T, H, W, 3) of a clip, or those at some places in it."""
         episode, times = data.Episode(info["path"]), info["times"][places]
         x = data.to_floats(episode.frames(times, self.config.views, self.config.image_size))
@@ -995,7 +1002,9 @@ class Evaluation:
 
     # -- pixels
 
-    def videos(self, clips, real, actions, other) -> dict[str, Tensor]:
+    def videos(
+        self, clips: Sequence[int], real: Tensor, actions: Tensor, other: Tensor
+    ) -> dict[str, Tensor]:
         """Give the real clips and four to hold against them, views as clips: (B V, T, H, W, 3)."""
         n, z = self.n, self.space.encode(real)
         latents = z, self.dream(z, actions, clips), self.dream(z, other, clips)
@@ -1081,7 +1090,9 @@ class Evaluation:
                     samples["l2", f"{row}_xyz", kind][i] = error[:, :3]
         yield self.out.rows()
 
-    def search(self, i: int, z: Tensor, how: tuple, kinds=("model", "no signal")) -> dict:
+    def search(
+        self, i: int, z: Tensor, how: tuple, kinds: Sequence[str] = ("model", "no signal")
+    ) -> dict[str, Tensor]:
         """Search the actions of window i: {kind of costs: errors (k, A)}.
 
         how  (method, k, whether the search starts at the true actions, dims that it searches)

@@ -41,7 +41,7 @@ import data
 from adapter import AdapterConfig, PixelDecoder, PixelDecoderConfig, create_adapter, save_adapter
 from data import Clip, EpisodeDataset, InputError, Processes, Run, begin, choose_clips, psnr, wrap
 from diffusion import draw
-from encoders import EncoderConfig, create_autoencoder
+from encoders import BaseAutoencoder, EncoderConfig, create_autoencoder
 
 VGG = "https://download.pytorch.org/models/vgg16-397923af.pth"
 COLUMNS = (
@@ -260,7 +260,12 @@ class Autoencoder(nn.Module):
 
 
 def compare(
-    out: tuple, z: Tensor, frames: Tensor | None, args: Args, kl_weight: float, lpips=None
+    out: tuple,
+    z: Tensor,
+    frames: Tensor | None,
+    args: Args,
+    kl_weight: float,
+    lpips: nn.Module | None = None,
 ) -> dict[str, tuple]:
     """Compare reconstructed features and painted frames with true ones: {name: (weight, value)}."""
     z_rec, mean, logvar, painted = out
@@ -314,7 +319,9 @@ def fit_pca(clips: Iterable[tuple], proc: Processes) -> tuple[Tensor, Tensor, Te
 
 
 @torch.no_grad()
-def validate(model, encoder, clips, pca, proc: Processes) -> tuple[dict[str, float], list]:
+def validate(
+    model: Autoencoder, encoder: BaseAutoencoder, clips: Iterable, pca: tuple, proc: Processes
+) -> tuple[dict[str, float], list]:
     """Average over held-out clips what adapter and decoder keep, and what an equal PCA keeps.
 
     The PCA's frames come from the encoder's own decoder; figures that need a decoder which does
@@ -346,7 +353,7 @@ def validate(model, encoder, clips, pca, proc: Processes) -> tuple[dict[str, flo
     return averages | {"clips": int(sums[0])}, shown
 
 
-def write_picture(path: Path, shown: list, pca) -> None:
+def write_picture(path: Path, shown: list, pca: tuple) -> None:
     """Write a row for each frame that `validate` shows: real | painted | features before | after.
 
     The colours of the features are their first three principal components, the same in both.
@@ -473,7 +480,7 @@ def main() -> None:
             z, frames = look(batch)
             if args.crop:
                 z, frames = cut(z, frames, args.crop, args.seed + run.step)
-            eps = draw(torch.randn, (*z.shape[:-1], adapter.latent_dim), z, *draws)
+            eps = draw(torch.randn, (*z.shape[:-1], adapter.latent_dim), z, **draws)
             with autocast:
                 out = net(z, eps)
             judged = lpips if seen >= args.lpips_start else None

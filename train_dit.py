@@ -3,7 +3,7 @@
     python train_dit.py toy                       embedded toy world, 2 CPU cores
     python train_dit.py --encoder_type vae --dataset_dir ./data --subset_names bridge_v2
     torchrun --nproc_per_node=4 train_dit.py --encoder_type vae --dataset_dir ./data
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_dit.py
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST train_dit.py
     python train_dit.py --resume outputs/20260101-120000
 
 Defaults are the paper's (arXiv 2605.06388, section 4 and appendix B). N processes compute what one
@@ -18,6 +18,7 @@ import functools
 import math
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -29,13 +30,13 @@ from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from data import Clip, EpisodeDataset, InputError, Run, begin, choose_clips, psnr, wrap
-from diffusion import OBJECTIVES, draw, time_shift
+from data import Clip, EpisodeDataset, InputError, Processes, Run, begin, choose_clips, psnr, wrap
+from diffusion import OBJECTIVES, Objective, draw, time_shift
 from dit import DIT_SIZES, DiT, DiTConfig, load_dit
 from encoders import ROWS, EncoderConfig
-from world_model import build_latent_space, save_world_model
+from world_model import LatentSpace, build_latent_space, save_world_model
 
-NATIVE_SEMANTIC = ("rae", "scale_rae_siglip", "scale_rae_webssl", "qwen", "vjepa2")
+Model = tuple[DiT, Objective, LatentSpace]  # all that it takes to dream
 COLUMNS = (
     "step loss grad_norm lr clips_per_s ms_per_step mfu minutes_left memory_gb skipped psnr_model "
     "psnr_shuffled psnr_copy psnr_ceiling latent_mse_model latent_mse_shuffled latent_mse_copy"
@@ -68,7 +69,7 @@ class Args:
     cache_latents: bool = False  # encode every frame once, train from the files
     cache_only: bool = False  # write the latent cache and stop
     # -- latent space
-    encoder_type: str = "vae"  # pixels | vae | rae | scale_rae_siglip | scale_rae_webssl | qwen | vjepa2 | cosmos | vavae
+    encoder_type: str = "vae"  # pixels | vae | rae | scale_rae_webssl | ... (encoders.py)
     encoder_weights: str | None = None  # file, folder or hub id (default: the public release)
     decoder_weights: str | None = None  # the same for the encoder's own decoder
     pixel_patch: int = 16  # patch side of the `pixels` encoder
@@ -117,13 +118,9 @@ class Args:
         counts = "num_history stride batch_size grad_accum num_views log_every val_every save_every"
         for name in counts.split():
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
-        if self.num_history >= self.num_frames:
-            raise ValueError("num_history must be below num_frames")
+                raise InputError(f"{name} must be at least 1")
         if (self.adapter_type == "identity") != (self.adapter_checkpoint_path is None):
-            raise ValueError(
-                "adapter_type mlp or svae and adapter_checkpoint_path belong together: give both"
-            )
+            raise InputError("adapter_type mlp or svae and adapter_checkpoint_path go together")
 
 
 TOY = Args(  # 64 tokens a frame and two layers: a step of 80 clip frames takes 0.3 s on two cores
@@ -166,8 +163,8 @@ def spread_clips(dataset: EpisodeDataset, count: int) -> Clip:
 
 
 @torch.no_grad()
-def latent_scale(space, dataset: EpisodeDataset, args: Args) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation (C,) of latents, as given weights know them or of training clips."""
+def latent_scale(space: LatentSpace, dataset: EpisodeDataset, args: Args) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation (C,) of latents: given weights', or those of training clips."""
     device, total = next(space.buffers()).device, 0
     path = Path(args.pretrained_checkpoint or "")
     path = Path(args.resume, "world_model.safetensors") if args.resume else path
@@ -184,11 +181,12 @@ def latent_scale(space, dataset: EpisodeDataset, args: Args) -> tuple[Tensor, Te
     return mean.float(), std.clamp_min(1e-3 * std.max()).float()
 
 
-def dream(dit, objective, space, args, z, actions, clips) -> Tensor:
+def dream(model: Model, args: Args, z: Tensor, actions: Tensor, clips: Iterable[int]) -> Tensor:
     """Replace what follows the history in the latents z of clips by a rollout.
 
     clips  their numbers, which alone decide their noise: no batch, device or process does
     """
+    dit, objective, space = model
     n = args.num_history // space.temporal_stride
     generators = [torch.Generator().manual_seed(args.seed + int(i)) for i in clips]
     noise = torch.stack([torch.randn(z[0, n:].shape, generator=g) for g in generators]).to(z.device)
@@ -197,7 +195,7 @@ def dream(dit, objective, space, args, z, actions, clips) -> Tensor:
 
 
 @torch.no_grad()
-def validate(dit, objective, space, clips, args, proc) -> dict[str, float]:
+def validate(model: Model, clips: Clip, args: Args, proc: Processes) -> dict[str, float]:
     """Measure on held-out clips the rollout and what it must be compared with.
 
     model     rollout with the recorded actions      copy     the last history frame, repeated
@@ -206,14 +204,15 @@ def validate(dit, objective, space, clips, args, proc) -> dict[str, float]:
     ->        means over clips and future frames: PSNR in dB; without a decoder, squared errors of
               latents, named so. Every process measures its share; all get the same averages.
     """
-    n, now = args.num_history, args.num_history // space.temporal_stride
+    space, n = model[-1], args.num_history
+    now = n // space.temporal_stride
     swapped = clips.actions.roll(-1, 0) if len(clips.actions) > 1 else clips.actions.flip(1)
     names = ("model", "shuffled", "copy", "ceiling")[: 3 + space.has_decoder]
     sums = torch.zeros(1 + len(names), dtype=torch.float64)
     for i in torch.arange(proc.rank, len(swapped), proc.world).split(8):
         real, *acts = (x[i].to(proc.device) for x in (*clips, swapped))
         z = space.encode(real)
-        dreams = [dream(dit, objective, space, args, z, a, i) for a in acts]
+        dreams = [dream(model, args, z, a, i) for a in acts]
         shown = [x[:, now:] for x in (*dreams, z[:, now - 1 : now].expand_as(z), z)]
         if space.has_decoder:
             shown = [space.decode(x) for x in shown]
@@ -228,13 +227,13 @@ def validate(dit, objective, space, clips, args, proc) -> dict[str, float]:
 
 
 @torch.no_grad()
-def write_sample(path: Path, dit, objective, space, clips, args, device) -> None:
+def write_sample(path: Path, model: Model, clips: Clip, args: Args) -> None:
     """Write a GIF of up to four held-out clips, one a row: real | dreamed."""
-    real, actions = (x[:4].to(device) for x in clips)
-    z = dream(dit, objective, space, args, space.encode(real), actions, range(len(real)))
+    space = model[-1]
+    real, actions = (x[:4].to(next(space.buffers()).device) for x in clips)
+    z = dream(model, args, space.encode(real), actions, range(len(real)))
     pair = torch.cat((real, space.decode(z)), -2)
-    if space.num_views > 1:
-        pair = torch.cat(pair.unbind(1), -2)  # each view beside the next
+    pair = torch.cat(pair.unbind(1), -2) if space.num_views > 1 else pair  # views side by side
     zoom = max(1, 128 // args.image_size)
     video = torch.cat(pair.unbind(0), -3).repeat_interleave(zoom, -2).repeat_interleave(zoom, -3)
     data.write_gif(path, video, fps=5)
@@ -257,7 +256,7 @@ def freeze(dit: DiT, prefixes: str) -> list[str]:
 
 def choose_dit(args: Args, channels: int, frames: int, action_dim: int = 10) -> DiTConfig:
     """Shape the network for clips of so many latent frames and channels; the paper fills gaps."""
-    native = args.encoder_type in NATIVE_SEMANTIC and args.adapter_type == "identity"
+    native = ROWS[args.encoder_type][3] == "yes" and args.adapter_type == "identity"
     names = ("temporal_mode", "num_views", "view_rope", "action_dropout")
     return DiTConfig(
         in_channels=channels,
@@ -295,7 +294,7 @@ def count_costs(config: DiTConfig, h: int, w: int) -> tuple[int, float, float]:
 
 def dry_run(args: Args, world: int) -> None:
     """Print the cost of a run on `world` processes; no file is read and nothing is computed."""
-    kind, T, V = args.encoder_type, args.num_frames, args.num_views
+    kind, T, V = EncoderConfig(args.encoder_type).encoder_type, args.num_frames, args.num_views
     h, w, C = map(int, ROWS[kind][1].split("x"))
     if kind == "pixels":
         h, w, C = *[args.image_size // args.pixel_patch] * 2, 3 * args.pixel_patch**2
@@ -348,7 +347,7 @@ def main() -> None:
     space.to(proc.device)
     if (dim := args.adapter_latent_dim) not in (None, space.latent_dim):
         raise InputError(
-            f"--adapter_latent_dim {dim}: latents are {space.latent_dim}-d; leave the flag out"
+            f"adapter_latent_dim {dim}: latents are {space.latent_dim}-d; leave it out"
         )
 
     # 3. Data: latents from the cache, or frames that the loop encodes.
@@ -384,6 +383,7 @@ def main() -> None:
     ema = copy.deepcopy(dit).eval().requires_grad_(False)
     # Detached: else the average of weights that need gradients would keep a graph of all steps.
     average, weights = ([p.detach() for p in m.parameters()] for m in (ema, dit))
+    model = ema, objective, space
     trained = [p for p in dit.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=args.lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=args.weight_decay, fused=True
@@ -414,16 +414,16 @@ def main() -> None:
     while True:
         stopped = proc.any(bool(run.signals))
         if run.due(args.val_every) and not stopped:
-            scores = validate(ema, objective, space, clips, args, proc)
+            scores = validate(model, clips, args, proc)
             run.write({"step": run.step, **scores})
             for name, some in (("sample", clips), ("train_sample", train_clips)):
                 if space.has_decoder:
                     path = folder / f"{name}_{run.step:07d}.gif"
-                    run.alone(write_sample, path, ema, objective, space, some, args, proc.device)
+                    run.alone(write_sample, path, model, some, args)
         if run.due(args.save_every) or stopped:
             run.save()
             path = folder / "world_model.safetensors"
-            run.alone(save_world_model, path, ema, objective, space, about)
+            run.alone(save_world_model, path, *model, about)
         if run.step >= run.last_step or stopped:
             break
 
@@ -432,10 +432,10 @@ def main() -> None:
         for batch, draws in run.micro_steps(net, batches):
             x, actions = (x.to(proc.device, non_blocking=True) for x in batch)
             z = space.finish(x) if latents else space.encode(x)
-            drop = draw(torch.rand, (len(z),), z, *draws) < args.action_dropout
-            model, actions = functools.partial(net, drop=drop), space.group_actions(actions)
+            drop = draw(torch.rand, (len(z),), z, **draws) < args.action_dropout
+            velocity, actions = functools.partial(net, drop=drop), space.group_actions(actions)
             with autocast:
-                loss, logs = objective.loss(model, z, actions, history, *draws)
+                loss, logs = objective.loss(velocity, z, actions, history, **draws)
                 (loss / args.grad_accum).backward()
             run.add(**logs)
         norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_grad, foreach=True)

@@ -24,16 +24,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 import data as files
-from adapter import load_adapter, pack
+from adapter import Adapter, PixelDecoder, load_adapter, pack
 from data import InputError
 from diffusion import Objective, draw, objective_from
 from dit import ContextCache, DiT, load_dit, merge_views, split_views
-from encoders import EncoderConfig, create_autoencoder
+from encoders import BaseAutoencoder, EncoderConfig, create_autoencoder
 
 Array = Tensor | np.ndarray
+Cost = Callable[[Tensor], Tensor]  # candidates (N, k, A) -> (N,)
+Plan = tuple[Tensor, Tensor]  # the best actions seen (k, A) and their cost
 
 
 class LatentSpace(nn.Module):
@@ -42,7 +44,13 @@ class LatentSpace(nn.Module):
     mean, std  (C,)   z = (latent - mean) / std; None: latents as they are
     """
 
-    def __init__(self, encoder, adapter=None, pixel_decoder=None, num_views: int = 1):
+    def __init__(
+        self,
+        encoder: BaseAutoencoder,
+        adapter: Adapter | None = None,
+        pixel_decoder: PixelDecoder | None = None,
+        num_views: int = 1,
+    ):
         super().__init__()
         self.encoder, self.adapter, self.pixel_decoder = encoder, adapter, pixel_decoder
         self.num_views, self.temporal_stride = num_views, encoder.temporal_stride
@@ -93,15 +101,16 @@ class LatentSpace(nn.Module):
         return f"{self.encoder.fingerprint}-adapter-{digest.hexdigest()[:16]}"
 
 
-def build_latent_space(config: EncoderConfig, adapter_path=None, num_views=1) -> LatentSpace:
+def build_latent_space(
+    config: EncoderConfig, adapter_path: str | None = None, num_views: int = 1
+) -> LatentSpace:
     """Create the encoder and, if a file is given, the adapter, which must belong to the encoder."""
     encoder = create_autoencoder(config)
     parts = load_adapter(adapter_path, encoder.fingerprint) if adapter_path else ()
     return LatentSpace(encoder, *parts, num_views=num_views)
 
 
-# -- Planning: a cost maps candidates (N, k, A) to (N,). The entries `dims` of `start` (k, A) are
-# searched in [-LIMIT, LIMIT], the others stay; -> the best actions seen (k, A) and their cost.
+# -- Planning: entries `dims` of `start` (k, A) are searched in [-LIMIT, LIMIT], the others stay.
 
 SEARCHED = range(7)  # position, rotation, gripper; the base does not move
 LIMIT = 2.0  # of every number of an action, in model units [code of 2605.06388]
@@ -113,7 +122,15 @@ def replace_dims(start: Tensor, dims: Sequence[int], values: Tensor) -> Tensor:
     return start.expand(len(values), -1, -1).index_copy(2, index, values)
 
 
-def plan_cem(cost, start, dims=SEARCHED, population=400, elites=50, iterations=5, generator=None):
+def plan_cem(
+    cost: Cost,
+    start: Tensor,
+    dims: Sequence[int] = SEARCHED,
+    population: int = 400,
+    elites: int = 50,
+    iterations: int = 5,
+    generator: Generator | None = None,
+) -> Plan:
     """Fit a Gaussian to the best candidates again and again [cross-entropy; 2605.06388, B.5]."""
     if not 2 <= elites <= population or iterations < 1:
         raise InputError(f"CEM: {elites} elites of {population}; keep 2 or more in 1 turn or more")
@@ -129,7 +146,9 @@ def plan_cem(cost, start, dims=SEARCHED, population=400, elites=50, iterations=5
     return replace_dims(start, dims, best)[0], best_cost
 
 
-def plan_gradient(cost, start, dims=SEARCHED, steps=50, lr=0.01):
+def plan_gradient(
+    cost: Cost, start: Tensor, dims: Sequence[int] = SEARCHED, steps: int = 50, lr: float = 0.01
+) -> Plan:
     """Descend the cost's gradient with Adam."""
     free, tried = start[None, :, list(dims)].clone().requires_grad_(True), []
     adam = torch.optim.Adam([free], lr=lr)
@@ -143,7 +162,7 @@ def plan_gradient(cost, start, dims=SEARCHED, steps=50, lr=0.01):
     return min(tried, key=lambda pair: pair[0])[::-1]
 
 
-def plan_grid(cost, start, dims=range(3), points=5):
+def plan_grid(cost: Cost, start: Tensor, dims: Sequence[int] = range(3), points: int = 5) -> Plan:
     """Try every combination of evenly spaced values, at most 100,000."""
     free = len(dims) * len(start)
     if points**free > 100_000:
@@ -158,7 +177,15 @@ def plan_grid(cost, start, dims=range(3), points=5):
 PLANNERS = {"cem": plan_cem, "gradient": plan_gradient, "grid": plan_grid}
 
 
-def candidate_cost(model, objective, z_context, known, z_target, noise, last_action=None):
+def candidate_cost(
+    model: Callable,
+    objective: Objective,
+    z_context: Tensor,
+    known: Tensor,
+    z_target: Tensor,
+    noise: Tensor,
+    last_action: Tensor | None = None,
+) -> Cost:
     """Make the cost of k candidate actions: squared distance of the dreamed latents to a target.
 
     The first action goes beside the last context frame, the others beside the first k - 1 dreamed
@@ -197,7 +224,9 @@ def candidate_cost(model, objective, z_context, known, z_target, noise, last_act
 # -- The one file of a trained model, and the model.
 
 
-def save_world_model(path: str | Path, dit: DiT, objective: Objective, space: LatentSpace, data):
+def save_world_model(
+    path: str | Path, dit: DiT, objective: Objective, space: LatentSpace, data: dict
+) -> None:
     """Write the one file that `WorldModel` needs besides public encoder weights.
 
     data  {image_size, stride, num_history, action_merge, action_mapping, fps}
@@ -211,7 +240,9 @@ def save_world_model(path: str | Path, dit: DiT, objective: Objective, space: La
     files.save_tensors(path, tensors, metadata)
 
 
-def load_world_model(path: str | Path, encoder_weights=None, decoder_weights=None) -> tuple:
+def load_world_model(
+    path: str | Path, encoder_weights: str | None = None, decoder_weights: str | None = None
+) -> tuple[DiT, Objective, LatentSpace, dict]:
     """Read what `save_world_model` wrote: (dit, objective, space, data)."""
     where = str(path)
     tensors, metadata = files.load_tensors(where)
@@ -237,6 +268,7 @@ class WorldModel:
         model.reset(frames[:2], actions[:1])
         new = model.generate_chunk(actions[1:])
 
+    checkpoint_path   that file, or what `load_world_model` makes of it: dit, objective, space, data
     device            default: CUDA, else Apple's MPS, else the CPU
     encoder_weights   and decoder_weights: where the public encoder lies here, if not where it lay
     **sampler         guidance and context, see `Objective.extend`
@@ -244,7 +276,12 @@ class WorldModel:
     """
 
     def __init__(
-        self, checkpoint_path, device=None, encoder_weights=None, decoder_weights=None, **sampler
+        self,
+        checkpoint_path: str | Path | tuple,
+        device: str | torch.device | None = None,
+        encoder_weights: str | None = None,
+        decoder_weights: str | None = None,
+        **sampler: Any,
     ):
         if not isinstance(parts := checkpoint_path, tuple):
             parts = load_world_model(checkpoint_path, encoder_weights, decoder_weights)
@@ -255,7 +292,7 @@ class WorldModel:
         if config.in_channels != C:
             channels = f"the DiT predicts {config.in_channels} channels, the latents have {C}"
             raise InputError(f"{channels}; choose the encoder and adapter of its training")
-        self.device, self.sampler = torch.device(device or "cpu"), sampler
+        self.device, self.sampler = files.open_device(device or "cpu"), sampler
         self.dit.eval().requires_grad_(False).to(self.device)
         self.space.to(self.device)
         self.action_dim = config.action_dim // self.space.temporal_stride
@@ -263,11 +300,6 @@ class WorldModel:
         self.actions: Tensor | None = None  # (B, frames of z, A) the newest slot is still open
         self.cache: ContextCache | None = None  # keys and values of all but the newest of z
         self.batched = False
-
-    @classmethod
-    def from_parts(cls, dit, objective, space, data, device=None, **sampler) -> WorldModel:
-        """Build from parts, such as released DiT and adapter files."""
-        return cls((dit, objective, space, data), device, **sampler)
 
     def state(self) -> tuple:
         """Copy all that `reset` and later steps have built, so that a planner can branch."""
@@ -333,7 +365,13 @@ class WorldModel:
         return frames
 
     @torch.no_grad()
-    def generate_chunk(self, actions: Array, noise=None, generator=None, last=None) -> Tensor:
+    def generate_chunk(
+        self,
+        actions: Array,
+        noise: Tensor | None = None,
+        generator: Generator | None = None,
+        last: Array | None = None,
+    ) -> Tensor:
         """Dream one frame for each action: a[0] goes beside the newest known frame.
 
         Beside the last new frame stands `last`, one action, else a copy of a[-1], until the next
@@ -372,7 +410,11 @@ class WorldModel:
         return torch.cat((known, new), -4)
 
     def rollout_policy(
-        self, policy: Callable, initial_frames: Array, steps: int, generator=None
+        self,
+        policy: Callable[[Tensor], Array],
+        initial_frames: Array,
+        steps: int,
+        generator: Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Let a policy act inside the model.
 
@@ -387,7 +429,13 @@ class WorldModel:
         return torch.cat(video, -4), actions if self.batched else actions[0]
 
     def plan(
-        self, goal_frame: Array, horizon: int, method="cem", start=None, generator=None, **options
+        self,
+        goal_frame: Array,
+        horizon: int,
+        method: str = "cem",
+        start: Array | None = None,
+        generator: Generator | None = None,
+        **options: Any,
     ) -> Tensor:
         """Search the actions (horizon, A) that lead from the newest known frame to a goal frame.
 

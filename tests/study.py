@@ -1,7 +1,7 @@
 """Compare three latent spaces on the toy world: which one makes a world model useful for control?
 
     python tests/study.py                 about an hour on two idle cores; goes on after a kill
-    python tests/study.py --budget 0.01   every step of it in a few minutes, for nothing but the path
+    python tests/study.py --budget 0.01   every step in a few minutes, for nothing but the path
 
 Three spaces of 64 tokens a frame, one DiT, one training budget, one evaluation:
 

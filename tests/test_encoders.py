@@ -23,7 +23,7 @@ CLOSE = {"atol": 2e-5, "rtol": 1e-4}  # float32, sums in another order
 
 
 def randomise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights like those of a trained network: matrices keep the scale, norms are not the identity."""
+    """Weights like those of a trained network: matrices keep the scale, norms change it."""
     out = {}
     for name, value in tensors.items():
         out[name] = torch.randn(value.shape)

@@ -467,7 +467,7 @@ def linear_model(deaf=False):
     space = LatentSpace(create_autoencoder(EncoderConfig(patch_size=4)))
     stored = {"image_size": 16, "stride": 1, "num_history": 2, "action_merge": "drop"}
     stored |= {"action_mapping": "bridge", "fps": 5}
-    return WorldModel.from_parts(LinearWorld(deaf), FlowMatching(steps=2), space, stored, "cpu")
+    return WorldModel((LinearWorld(deaf), FlowMatching(steps=2), space, stored), "cpu")
 
 
 SEARCH = {"windows": 6, "population": 80, "horizons": "1"}
@@ -707,8 +707,8 @@ def measure_toy(toy_folder, tmp_path, monkeypatch):
     def run(dit, space, **flags):
         stored = {"image_size": 32, "stride": 1, "num_history": 1, "action_merge": "drop"}
         stored |= {"action_mapping": "bridge", "fps": 5}
-        parts = dit, FlowMatching(steps=1), space, stored, "cpu"
-        monkeypatch.setattr(evaluate, "open_model", lambda *_: WorldModel.from_parts(*parts))
+        parts = dit, FlowMatching(steps=1), space, stored
+        monkeypatch.setattr(evaluate, "open_model", lambda *_: WorldModel(parts, "cpu"))
         options = dict(dataset_dir=str(toy_folder), subset_names="toy", output_dir=str(tmp_path))
         args = evaluate.Args(**options | dict(horizons="1", batch_size=2) | flags)
         evaluate.Evaluation(args, data.Processes(0, 1, CPU)).run()

@@ -285,7 +285,7 @@ def test_blocks_are_located_where_they_are_and_absent_colours_are_not():
 
 
 def test_a_drawn_block_hides_what_is_behind_it():
-    """The nearer of two blocks covers the farther one; the gripper covers the block it stands on."""
+    """The nearer of two blocks covers the farther; the gripper covers the block it stands on."""
     world = scene([(0.40, -0.06), (0.36, -0.042)], gripper=(0.2, 0.16, 0.19))
     eye = world.cameras[0][0]
     near, far = sorted((0, 1), key=lambda i: np.linalg.norm(world.block[i, :3] - eye))

@@ -198,9 +198,8 @@ def test_defaults_are_the_weights_of_the_paper():
     out, lpips = (z, mean, mean, frames), lambda a, b: (a - b).square()
     terms = train_adapter.compare(out, z, frames, args, args.kl_weight, lpips)
     weights = {name: weight for name, (weight, _) in terms.items()}
-    assert weights == {
-        "mse": 1.0, "cosine": 1.0, "spectral": 0.01, "kl": 1e-4, "pixel": 1.0, "lpips": 0.5, "ms_ssim": 0.5,
-    }  # fmt: skip
+    names = "mse cosine spectral kl pixel lpips ms_ssim".split()
+    assert weights == dict(zip(names, (1.0, 1.0, 0.01, 1e-4, 1.0, 0.5, 0.5), strict=True))
     assert (args.lpips_start, args.gan_start, args.decoder_lr_scale) == (50_000, 100_000, 3.0)
 
 

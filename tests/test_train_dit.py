@@ -1,4 +1,4 @@
-"""Training: the run folder, resuming, several processes, bad input. World model: what a run wrote."""
+"""Training: run folder, resuming, several processes, bad input. World model: what a run wrote."""
 
 import contextlib
 import csv
@@ -379,8 +379,9 @@ def test_only_the_last_micro_step_exchanges_gradients_and_all_draw_the_same():
 
     args, proc = SimpleNamespace(grad_accum=3, seed=0), data.Processes(1, 2, torch.device("cpu"))
     run = SimpleNamespace(args=args, proc=proc, step=5, generator=torch.Generator())
-    for batch, (generator, shard) in data.Run.micro_steps(run, Net(), iter("abc")):
-        seen.append((batch, shard, bool(held), torch.rand((), generator=generator).item()))
+    for batch, draws in data.Run.micro_steps(run, Net(), iter("abc")):
+        drawn = torch.rand((), generator=draws["generator"]).item()
+        seen.append((batch, draws["shard"], bool(held), drawn))
     assert [entry[:3] for entry in seen] == [
         ("a", (1, 6), True),
         ("b", (3, 6), True),
@@ -607,6 +608,8 @@ def test_the_world_model_file_repeats_the_training_time_sample(episodes, straigh
     ("words", "complaint"),
     [
         (["--dataset_dir", "nowhere"], "nowhere"),
+        (["--encoder_type", "vaee"], "'vaee' is none of pixels"),
+        (["--device", "gpu"], "'gpu' cannot be used"),
         (["--subset_names", "mini,other"], "other"),
         (["--num_history", "9"], "num_history"),
         (["--save_every", "0"], "save_every"),

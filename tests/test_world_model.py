@@ -226,7 +226,7 @@ class Pairs(torch.nn.Module):
 
 def test_two_frame_latents_take_two_actions(monkeypatch):
     dit = DiT(DiTConfig(192, 1, 64, 1, 1, action_dim=20, max_frames=3))
-    model = WorldModel.from_parts(dit, FlowMatching(steps=2), LatentSpace(Pairs()), ABOUT, "cpu")
+    model = WorldModel((dit, FlowMatching(steps=2), LatentSpace(Pairs()), ABOUT), "cpu")
     seen, extend = [], FlowMatching.extend
 
     def spy(self, dit, z, actions, noise, **options):
