@@ -25,6 +25,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image, ImageFile
+from tqdm import tqdm
 
 import data
 
@@ -1123,14 +1124,25 @@ def test_full_disk_ends_a_download_without_another_try(tmp_path, server, monkeyp
     assert len(server.requests) == 1
 
 
+def fork(target, *args):
+    """Start a process to be killed; the lock that tqdm shares with it would outlive it."""
+
+    def run():
+        tqdm.set_lock(threading.RLock())
+        target(*args)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
 def test_killed_conversion_continues_and_ends_equal(tmp_path):
     shards = [[bridge_example(10 * i + k, 12) for k in range(3)] for i in range(8)]
     source = write_rlds(tmp_path / "rlds", {"train": shards})
     whole, folder = convert(source, tmp_path / "whole"), tmp_path / "out" / "bridge_v2"
-    fork, rng, kills = multiprocessing.get_context("fork"), np.random.default_rng(0), 0
+    rng, kills = np.random.default_rng(0), 0
     while kills < 10:
-        process = fork.Process(target=convert, args=(source, tmp_path / "out"))
-        process.start()
+        process = fork(convert, source, tmp_path / "out")
         before, more = len(list(folder.glob("*/*"))), int(rng.integers(8))
         end = time.time() + 20
         while process.is_alive() and len(list(folder.glob("*/*"))) < before + more:
@@ -1244,8 +1256,7 @@ def test_cache_killed_at_any_moment_continues_and_ends_equal(tmp_path):
     make_dataset(tmp_path / "cut", lengths)
     cache(tmp_path / "whole")
     while kills < 8:
-        process = multiprocessing.get_context("fork").Process(target=slow_cache, args=(tmp_path,))
-        process.start()
+        process = fork(slow_cache, tmp_path)
         process.join(rng.uniform(0.0, 0.06))
         if process.exitcode is not None:
             break
