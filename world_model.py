@@ -468,6 +468,23 @@ class Args:
     device: str | None = None  # default: cuda, mps or cpu, whichever is there
 
 
+def read_actions(path: str | None) -> np.ndarray:
+    """Read actions (K, A), one a line: from .npy or text, or typed up to an empty line."""
+    try:
+        if path is None:
+            print("one action a line, numbers separated by spaces; end with an empty line")
+            lines = [*iter(lambda: sys.stdin.readline().strip(), "")]
+        elif path.endswith(".npy"):
+            return np.atleast_2d(np.load(path))
+        else:
+            lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+        if not lines:
+            raise ValueError("no action")
+        return np.loadtxt(lines, ndmin=2)
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path or 'typed'}: {error}; give .npy, or one action a line") from error
+
+
 def main() -> None:
     args = files.parse_args(Args)
     model = WorldModel(args.checkpoint, args.device, args.encoder_weights)
@@ -475,19 +492,7 @@ def main() -> None:
         picture = files.decode_frame(Path(args.image).read_bytes(), None, args.image, remedy)
     size, views = model.data["image_size"], np.array_split(picture, model.space.num_views, 1)
     frames = np.stack([files.decode_frame(view, size, args.image) for view in views])[:, None]
-    if args.actions is None:
-        print("one action a line, numbers separated by spaces; end with an empty line")
-    typed = iter(lambda: sys.stdin.readline().strip(), "")
-    try:
-        if str(args.actions).endswith(".npy"):
-            actions = np.atleast_2d(np.load(args.actions))
-        elif lines := [*(Path(args.actions).read_text().split("\n") if args.actions else typed)]:
-            actions = np.loadtxt(lines, ndmin=2)
-        else:
-            raise ValueError("no action")
-    except (ValueError, OSError, EOFError) as error:
-        where = args.actions or "typed"
-        raise InputError(f"{where}: {error}; give .npy, or one action a line") from error
+    actions = read_actions(args.actions)
     actions = model.map_actions(actions) if args.raw else torch.as_tensor(actions)
     beside, random = torch.cat((actions, actions[-1:])), torch.Generator().manual_seed(args.seed)
     video = model.rollout(frames if len(views) > 1 else frames[0], beside, generator=random)
