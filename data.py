@@ -14,6 +14,7 @@ Sources: RLDS (Ramos et al. 2021, arXiv 2111.02767), Bridge V2 (Walke et al. 202
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -58,7 +59,8 @@ from tqdm import tqdm
 # --- Errors, files, processes, pictures: everyone may import this section.
 
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # damaged text
 
 
@@ -71,14 +73,16 @@ class MissingFileError(InputError, FileNotFoundError):
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's `main`; print our errors and a full disk without a traceback, exit code 2."""
+    """Run a script's `main`; print our errors and the disk's without a traceback, exit code 2."""
     try:
         main()
     except (InputError, OSError) as error:
-        full = getattr(error, "errno", None) in DISK_FULL
-        if not full and not isinstance(error, InputError):
+        code = getattr(error, "errno", None)
+        remedy = "; free space, run again" if code in DISK_FULL else ""
+        remedy = "; choose another place" if code in NO_PLACE else remedy
+        if not (remedy or isinstance(error, InputError)):
             raise
-        print(f"error: {error}{'; free space, run again' if full else ''}", file=sys.stderr)
+        print(f"error: {error}{remedy}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -313,7 +317,8 @@ def write_gif(path: str | Path, frames: torch.Tensor | np.ndarray, fps: float = 
 # --- Episode files: JPEG bytes of every view and frame, actions, metadata; and their index.
 
 ACTION_DIM = 10  # xyz (3), rotation (3), gripper (1: -1 open, +1 closed), base (3)
-REMEDY = "convert the data set again"
+REMEDY = "remove the folder of the data set and convert it again"
+MEND = "mend the image or leave out its episode"
 
 
 @contextlib.contextmanager
@@ -349,11 +354,11 @@ def decode_frame(
 
 def encode_frame(image: bytes | np.ndarray, size: int | None, where: str) -> bytes:
     """Return JPEG bytes; a JPEG that has the size already passes through undecoded."""
-    with open_frame(image, where) as opened:
+    with open_frame(image, where, MEND) as opened:
         fits = size is None or opened.size == (size, size)
         if fits and (opened.format, opened.mode) == ("JPEG", "RGB"):
             return image
-    encoded, rgb = io.BytesIO(), Image.fromarray(decode_frame(image, size, where))
+    encoded, rgb = io.BytesIO(), Image.fromarray(decode_frame(image, size, where, MEND))
     rgb.save(encoded, "JPEG", quality=95, subsampling=0)
     return encoded.getvalue()
 
@@ -536,6 +541,8 @@ def map_actions(raw: np.ndarray, mapping: str) -> np.ndarray:
         raise InputError(f"action mapping {mapping!r}: use one of {', '.join(ACTION_MAPPINGS)}")
     if not raw.ndim or not 7 <= raw.shape[-1] <= ACTION_DIM:
         raise InputError(f"actions are {raw.shape}; the last axis must have 7 to {ACTION_DIM}")
+    if not np.isfinite(raw).all():
+        raise InputError("actions are not finite; mend or leave out their episode")
     gain, limit, turn_gain, turn_limit, gripper, mean = (*ACTION_MAPPINGS[mapping], 0.0)[:6]
     out = np.zeros((*raw.shape[:-1], ACTION_DIM), np.float32)
     out[..., : raw.shape[-1]] = raw
@@ -570,7 +577,9 @@ def unpack_example(example: dict, source: Source) -> tuple[list, np.ndarray, dic
     steps, about, frames = list(example["steps"]), example.get("episode_metadata", {}), {}
     for view, camera in enumerate(source.cameras.split()):
         images = [step["observation"][camera] for step in steps]
-        if about.get(f"has_{camera}", not view or decode_frame(images[0], None, camera).max() > 15):
+        if (there := about.get(f"has_{camera}")) is None:
+            there = not view or decode_frame(images[0], None, camera, MEND).max() > 15
+        if there:
             frames[view] = images
     if 0 not in frames:
         raise InputError(f"the main camera of {source.cameras!r} is missing")
@@ -614,8 +623,8 @@ def masked_crc32c(message: bytes) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def load_rlds(folder: Path, source: Source) -> tuple[Any, Any]:
-    """Load an RLDS description: (tfds' info, decoders that leave every image as bytes)."""
+def load_rlds(folder: Path, source: Source) -> tuple[Any, Any, list[str]]:
+    """Load an RLDS description: tfds' info, decoders that leave images as bytes, feature names."""
     import tensorflow_datasets as tfds
 
     schema, about = folder / "features.json", folder / "dataset_info.json"
@@ -639,15 +648,16 @@ def load_rlds(folder: Path, source: Source) -> tuple[Any, Any]:
         if missing := {"action", *source.cameras.split()} - has:
             raise InputError(f"{schema}: no feature {missing} in {has}; is this another data set?")
     with reading(about, "fetch it again", Exception):
-        return tfds.builder_from_directory(folder).info, skip_images(features)
+        names = tfds.core.utils.flatten_nest_dict(features.get_serialized_info())
+        return tfds.builder_from_directory(folder).info, skip_images(features), [*names]
 
 
-def read_shard(path: Path, source: Source, rlds: tuple[Any, Any], check: bool) -> Iterator[Any]:
+def read_shard(path: Path, source: Source, rlds: tuple, check: bool) -> Iterator[Any]:
     """Yield (frames, raw actions, metadata) of every episode, or the InputError in its place.
 
     TFRecord: u64 length | its CRC | payload | its CRC. Behind a damaged length nothing is found.
     """
-    (info, decoders), size = rlds, path.stat().st_size
+    (info, decoders, names), size = rlds, path.stat().st_size
 
     def broken(fault: str) -> InputError:
         return InputError(f"{path}: record at byte {at} {fault}; fetch the shard again")
@@ -669,7 +679,9 @@ def read_shard(path: Path, source: Source, rlds: tuple[Any, Any], check: bool) -
             except InputError as error:
                 yield error
             except Exception as error:  # of protobuf, tfds and NumPy, which name no types
-                yield InputError(f"does not match features.json ({error!r})")
+                lost = [f"no {name}" for name in names if name.encode() not in payload]
+                fault = ", ".join(lost) or repr(error)
+                yield broken(f"does not match features.json ({fault})")
 
 
 NUMPY = threading.Lock()  # Python 3.11 cannot parse the headers of two arrays at once
@@ -677,23 +689,33 @@ NUMPY = threading.Lock()  # Python 3.11 cannot parse the headers of two arrays a
 
 def read_own(path: Path) -> Iterator[Any]:
     """Yield the one episode of an .npz file, or of a folder of images with actions.npy."""
-    remedy, known = "an episode needs frames and actions", {"language", "success", "fps"}
+    remedy = "an episode needs frames (T, H, W, 3) or (V, T, H, W, 3) and actions (T, 7 to 10)"
+    known = {"language", "success", "fps"}
     array, about, found = path / "actions.npy", path / "metadata.json", {}
     try:  # of zip, zlib, tokenize, ...: NumPy names no types
         if path.is_file():
             with NUMPY, reading(path, remedy, Exception), np.load(path) as file:
-                frames, actions = file["frames"], file["actions"]
+                frames, actions = file["frames"], file["actions"].astype(np.float64)
+                if frames.ndim not in (4, 5):
+                    raise ValueError(f"frames are {frames.shape}")
                 found = {key: file[key].item() for key in known & {*file.files}}
         else:
             with NUMPY, reading(array, remedy, Exception):
-                actions = np.load(array)
-            cameras = sorted(p for p in path.iterdir() if p.is_dir()) or [path]
-            names = [sorted(c.glob("*.[jJpP][pPnN]*[gG]")) for c in cameras]
+                actions = np.load(array).astype(np.float64)
+            cameras = sorted(p for p in path.glob("[!.]*") if p.is_dir()) or [path]
+            names = [sorted(c.glob("[!.]*.[jJpP][pPnN]*[gG]")) for c in cameras]
             frames = [[name.read_bytes() for name in view] for view in names]
             if about.exists():
                 with reading(about, "mend or remove it", *DAMAGED):
                     said = json.loads(about.read_bytes())
                     found = {key: said[key] for key in known & said.keys()}
+        if isinstance(text := found.get("language", ""), bytes):
+            found["language"] = text = text.decode(errors="replace")
+        fps, success = found.get("fps", 1), found.get("success")
+        sound = isinstance(fps, (int, float)) and 0 < fps < math.inf
+        if not (sound and isinstance(text, str) and success in (None, False, True)):
+            what = "language is text, success true or false, fps a positive number"
+            raise InputError(f"{path}: {what}; mend {found}")
         yield frames, actions, found
     except InputError as error:
         yield error
@@ -1131,8 +1153,10 @@ class Args:
     inspect: str = ""  # folder of a converted data set to look at instead
 
     def __post_init__(self):
-        if min(self.image_size, self.num_workers) < 1 or min(self.max_shards, self.fps) < 0:
-            raise InputError("need image_size, num_workers >= 1 and max_shards, fps >= 0")
+        if min(self.image_size, self.num_workers) < 1 or self.max_shards < 0:
+            raise InputError("need image_size, num_workers >= 1 and max_shards >= 0")
+        if not 0 <= self.fps < math.inf:
+            raise InputError(f"fps is {self.fps}; give frames a second")
 
 
 class Shard(NamedTuple):
@@ -1194,9 +1218,12 @@ def list_shards(info: Any, base: Path, local: bool, args: Args) -> list[Shard]:
 
     On disk a file's prefix need not be the data set's name, and shards may be missing.
     """
-    files = [path.name for path in base.iterdir()] if local else []
-    found = {re.sub(r".+(-[\w.]+-\d{5}-of-\d{5})", r"\1", file): file for file in files}
+    files = [path.name for path in base.iterdir() if path.is_file()] if local else []
+    ending = functools.partial(re.sub, r".+(-[\w.]+-\d{5}-of-\d{5})", r"\1")
+    found = {ending(file): file for file in files}
     wanted = {split.strip() for split in args.splits.split(",")} - {""}
+    if unknown := wanted - {*info.splits} - {*map(TARGETS.get, info.splits)}:
+        raise InputError(f"splits {unknown}: {base} has {', '.join(info.splits)}; choose of them")
     hashed, shards, first = "test" not in map(TARGETS.get, info.splits), [], 0
     for name, split in info.splits.items():
         target, here = TARGETS.get(name, ""), []
@@ -1204,7 +1231,7 @@ def list_shards(info: Any, base: Path, local: bool, args: Args) -> list[Shard]:
         for i, (file, count) in enumerate(counts):
             if not re.fullmatch(r"[\w.-]+", file):
                 raise InputError(f"{base}: {file!r} is no name of a shard; fetch the list again")
-            if file := found.get(file[len(info.name) :]) if local else file:
+            if file := found.get(ending(file)) if local else file:
                 place, size = first + 10_000 * i, split.num_bytes // split.num_shards
                 here.append(Shard(file, "" if hashed else target, place, count, size))
         first += 10_000 * split.num_shards  # room for a shard's episodes, a few hundred
@@ -1215,10 +1242,10 @@ def list_shards(info: Any, base: Path, local: bool, args: Args) -> list[Shard]:
     return shards
 
 
-def list_own(root: Path, taken: int) -> list[Shard]:
-    """List the episodes of a user's own folder, numbered from `taken` on."""
+def list_own(root: Path, records: list[dict]) -> list[Shard]:
+    """List the episodes of a user's own folder; those not yet in the index get free numbers."""
     foreign = "LeRobot" if (root / "meta/info.json").exists() else ""
-    if foreign or next(root.rglob("*.mp4"), None):
+    if foreign or next(root.rglob("*.[mM][pP]4"), None):
         raise InputError(
             f"{root}: a {foreign or 'MP4'} folder; write each episode as .npz with these two lines "
             "and give their folder as --source\n"
@@ -1226,11 +1253,21 @@ def list_own(root: Path, taken: int) -> list[Shard]:
             "    np.savez(name, frames=np.stack(frames), actions=actions, language=text)"
         )
     paths = [*root.rglob("*.npz"), *(path.parent for path in root.rglob("actions.npy"))]
-    names = sorted(path.relative_to(root) for path in paths)
-    return [Shard(str(p), TARGETS.get(p.parts[0], ""), taken + i, 1) for i, p in enumerate(names)]
+    if not paths:
+        raise InputError(f"{root}: holds no features.json (RLDS), .npz or actions.npy; see --help")
+    pairs = [
+        (r["shard"], entry) for r in records for part in r["episodes"].values() for entry in part
+    ]
+    numbers = {shard: entry["number"] for shard, entry in pairs}
+    free = itertools.filterfalse({*numbers.values()}.__contains__, itertools.count())
+    shards = []
+    for path in sorted(path.relative_to(root) for path in paths):
+        number = numbers[str(path)] if str(path) in numbers else next(free)
+        shards.append(Shard(str(path), TARGETS.get((*path.parts, "")[0], ""), number, 1))
+    return shards
 
 
-def open_source(args: Args, folder: Path, taken: int) -> tuple:
+def open_source(args: Args, folder: Path, records: list[dict]) -> tuple:
     """Find what to convert: (source, folder of the shards, URL or "", shards, reader)."""
     public, names = SOURCES.get(args.dataset_name), ", ".join(SOURCES)
     where = args.source or (public.url if public else "")
@@ -1251,7 +1288,7 @@ def open_source(args: Args, folder: Path, taken: int) -> tuple:
             raise InputError(f"{where}: {len(found)} data sets ({found[0]}, ...); name one of them")
         if not found:
             own = Source("", None, "", "raw", 5.0, "")
-            return own, Path(where), "", list_own(Path(where), taken), read_own
+            return own, Path(where), "", list_own(Path(where), records), read_own
         base = found[0].parent
     if not public:
         raise InputError(f"{where}: RLDS data; say which with --dataset_name: {names}")
@@ -1310,11 +1347,10 @@ def convert(args: Args) -> None:
     A killed run continues behind its finished shards, and inside those half fetched.
     """
     folder, stop = Path(args.output_dir) / args.dataset_name, threading.Event()
-    before, records, splits = {}, [], {}
+    before, records, commit = {}, [], threading.Lock()
     with contextlib.suppress(MissingFileError):
-        before, records, splits = read_index(folder)
-    taken = 1 + max((entry["number"] for split in splits.values() for entry in split), default=-1)
-    source, base, url, shards, read = open_source(args, folder, taken)
+        before, records, _ = read_index(folder)
+    source, base, url, shards, read = open_source(args, folder, records)
     mapping = args.action_mapping or source.mapping
     map_actions(np.zeros(7), mapping)  # an unknown name ends here
     header = {"dataset": args.dataset_name, "fps": args.fps or source.fps}
@@ -1348,14 +1384,15 @@ def convert(args: Args) -> None:
                 path.unlink()  # it may have been damaged on its way: the next run fetches it again
             raise
         record |= measure(path)
+        with commit:  # not later: another shard may end the run
+            append_index(folder, record)
         path.unlink() if url else progress(record["bytes"])
         return record
 
     with ThreadPoolExecutor(args.num_workers) as pool, bar:
         try:
             for ready in as_completed([pool.submit(job, shard) for shard in todo]):
-                append_index(folder, record := ready.result())
-                done += record["bytes"] / 1e6
+                done += ready.result()["bytes"] / 1e6
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -1400,7 +1437,7 @@ class DataConfig:
             self.weights = [float(w) for w in self.subset_weights.split(",") if w.strip()]
         except ValueError:
             self.weights = [0.0]
-        if self.seed < 0 or min(self.weights, default=1) <= 0:
+        if self.seed < 0 or not all(0 < weight < math.inf for weight in self.weights):
             raise InputError("seed must be >= 0, subset_weights positive numbers, comma-separated")
 
 
@@ -1722,6 +1759,19 @@ def ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+class Reader(torch.utils.data.Dataset):
+    """Read the clips of a list of keys as one batch; an error of ours is returned, as it is."""
+
+    def __init__(self, clips: torch.utils.data.Dataset):
+        self.clips = clips
+
+    def __getitem__(self, keys: list) -> Any:
+        try:
+            return torch.utils.data.default_collate([self.clips[key] for key in keys])
+        except InputError as error:  # a loader would wrap it in a traceback
+            return error
+
+
 class Run:
     """Keep a run's folder so that a killed run, resumed, is the same run; tell how it goes.
 
@@ -1830,10 +1880,9 @@ class Run:
         args, proc, start = self.args, self.proc, self.step * self.args.grad_accum
         sampler = ClipSampler(self.dataset, args.batch_size, proc.rank, proc.world, start)
         options = {"pin_memory": self.device.type == "cuda", "worker_init_fn": ignore_signals}
-        loader = torch.utils.data.DataLoader(
-            clips, batch_sampler=sampler, num_workers=args.num_workers, **options
-        )
-        batches = iter(loader)  # draws a number
+        options |= {"sampler": sampler, "batch_size": None, "num_workers": args.num_workers}
+        self.served = self.serve(iter(torch.utils.data.DataLoader(Reader(clips), **options)))
+        atexit.register(self.served.close)
         if self.state:
             python, numpy, cpu, cuda = self.state["random"][proc.rank % len(self.state["random"])]
             random.setstate(python)
@@ -1841,7 +1890,17 @@ class Run:
             torch.set_rng_state(cpu)
             if cuda is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(cuda, self.device)
-        return batches
+        return self.served
+
+    def serve(self, batches: Iterator) -> Iterator:
+        """Hand batches on; loader processes end with it, as SIGTERM does not end them."""
+        try:
+            for batch in batches:
+                if isinstance(batch, InputError):
+                    raise batch
+                yield batch
+        finally:
+            del batches
 
     def micro_steps(self, net: Callable, batches: Iterator) -> Iterator[tuple]:
         """Serve a step's batches, each with {generator, shard} for `diffusion.draw`.
@@ -1984,7 +2043,8 @@ class Run:
         write_atomic(self.folder / "loss.png", lambda path: image.save(path, "PNG"))
 
     def end(self) -> None:
-        """Say how to go on with a run that was stopped; leave signals and the other processes."""
+        """Say how to go on with a run that was stopped; leave loaders, signals and processes."""
+        self.served.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.step < self.last_step:

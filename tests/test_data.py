@@ -9,6 +9,7 @@ import http.server
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -729,6 +730,21 @@ def test_other_prefixes_missing_shards_and_chosen_splits(tmp_path, capsys):
     assert len(episodes_of(rest)) == 7
     test = convert(source, tmp_path / "test", splits="test")
     assert [e.metadata["language"] for e in episodes_of(test)] == ["do 99"]
+    info = json.loads((source / "dataset_info.json").read_text())
+    info["splits"][1]["filepathTemplate"] = "its_own-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    (source / "dataset_info.json").write_text(json.dumps(info))
+    assert len(episodes_of(convert(source, tmp_path / "template"))) == 7
+    with pytest.raises(data.InputError, match="'tset'.*choose of them"):
+        convert(source, tmp_path / "typo", splits="train,tset")
+
+
+def test_shards_that_were_finished_when_another_failed_are_kept(tmp_path):
+    shards = [[bridge_example(10 * i + k) for k in range(2)] for i in range(6)]
+    source = write_rlds(tmp_path / "rlds", {"train": shards})
+    spoil(next(source.glob("*00003-of*")), "payload")
+    with pytest.raises(data.InputError, match="wrong checksum"):
+        convert(source, tmp_path / "out", num_workers=3)
+    assert episodes_of(tmp_path / "out" / "bridge_v2")  # and the index names all files
 
 
 def spoil(path: Path, fault: str) -> None:
@@ -797,7 +813,7 @@ def broken_example(fault: str) -> dict:
     [
         ("text", "not a JPEG"),
         ("nan", "not finite"),
-        ("missing", "does not match features.json"),
+        ("missing", "no steps/action"),
         ("ragged", "does not match features.json"),
         ("empty", "not a JPEG"),
     ],
@@ -816,7 +832,7 @@ def test_bad_records_stop_or_are_counted(tmp_path, fault, message):
 @pytest.mark.parametrize(
     "fault, said",
     [("camera", "features"), ("foreign", "features"), ("features", "features.json"),
-     ("class", "features.json"), ("info", "dataset_info.json"), ("name", "nothing to convert"),
+     ("class", "features.json"), ("info", "dataset_info.json"),
      ("template", "dataset_info.json"), ("empty", "nothing to convert"),
      ("two", "name one of them"), ("absent", "check --source")],
 )  # fmt: skip
@@ -831,9 +847,6 @@ def test_bad_schemas_are_refused_before_anything_is_written(tmp_path, fault, sai
     elif fault in ("features", "info"):
         path = source / ("features.json" if fault == "features" else "dataset_info.json")
         path.write_text("{")
-    elif fault == "name":
-        info = json.loads((source / "dataset_info.json").read_text())
-        (source / "dataset_info.json").write_text(json.dumps({**info, "name": "../x"}))
     elif fault in ("template", "empty"):
         info = json.loads((source / "dataset_info.json").read_text())
         change = {"shardLengths": []} if fault == "empty" else {"filepathTemplate": "x{WHAT}"}
@@ -908,7 +921,9 @@ def test_own_npz_and_image_folders_become_episodes(tmp_path):
     assert {e.metadata["fps"] for e in episodes_of(mapped)} == {3, 7}
 
 
-@pytest.mark.parametrize("fault", ["no frames", "pickle", "zip", "width", "lengths", "text"])
+@pytest.mark.parametrize(
+    "fault", ["no frames", "pickle", "zip", "width", "lengths", "text", "words", "point"]
+)
 def test_bad_own_episodes_are_refused_or_counted(tmp_path, fault):
     source, frames = tmp_path / "mine", np.stack([picture(t) for t in range(4)])
     source.mkdir()
@@ -921,6 +936,8 @@ def test_bad_own_episodes_are_refused_or_counted(tmp_path, fault):
         "width": {"actions": np.zeros((4, 3))},
         "lengths": {"actions": np.zeros((5, 7))},
         "text": {"frames": np.array(["a"] * 4)},
+        "words": {"actions": np.array([["a"] * 7] * 4)},
+        "point": {"frames": np.zeros((), np.uint8)},
     }
     np.savez(source / "bad.npz", **{**values, **changes[fault]})
     if fault == "zip":
@@ -929,6 +946,43 @@ def test_bad_own_episodes_are_refused_or_counted(tmp_path, fault):
         convert(source, tmp_path / "out", "mine")
     folder = convert(source, tmp_path / "out", "mine", on_error="skip")
     assert [e.metadata["source"] for e in episodes_of(folder)] == ["good.npz/0"]
+
+
+@pytest.mark.parametrize(
+    "about", [{"language": 5}, {"success": "no"}, {"fps": math.nan}, {"fps": "5"}, {"language": {}}]
+)
+def test_own_metadata_of_other_kinds_is_refused(tmp_path, about):
+    values = {"frames": picture(0)[None], "actions": np.zeros((1, 7))}
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    np.savez(tmp_path / "in" / "a.npz", **values)
+    (tmp_path / "in" / "a" / "0.png").write_bytes(jpeg(picture(0), "PNG"))
+    np.save(tmp_path / "in" / "a" / "actions.npy", values["actions"])
+    (tmp_path / "in" / "a" / "metadata.json").write_text(json.dumps(about))
+    with pytest.raises(data.InputError, match="a: language is text"):
+        convert(tmp_path / "in", tmp_path / "out", "mine")
+
+
+def test_own_episodes_keep_their_numbers_when_a_run_goes_on(tmp_path):
+    (tmp_path / "in").mkdir()
+    for k in range(5):
+        np.savez(tmp_path / "in" / f"{k}.npz", frames=picture(k)[None], actions=np.zeros((1, 7)))
+    whole = convert(tmp_path / "in", tmp_path / "whole", "mine")
+    folder = convert(tmp_path / "in", tmp_path / "out", "mine")
+    header, *lines = (folder / "index.jsonl").read_bytes().splitlines(True)
+    lines.sort(key=lambda line: json.loads(line)["shard"])
+    (folder / "index.jsonl").write_bytes(header + lines[2] + lines[4])  # as after a kill
+    for a, b in zip(episodes_of(convert(tmp_path / "in", tmp_path / "out", "mine")),
+                    episodes_of(whole), strict=True):  # fmt: skip
+        assert a.path.name == b.path.name and a.path.read_bytes() == b.path.read_bytes()
+
+
+def test_hidden_files_are_no_frames_and_a_lone_episode_folder_is_a_data_set(tmp_path):
+    folder = tmp_path / "mine"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in ("0.png", "1.png", "._0.png"):
+        (folder / name).write_bytes(jpeg(picture(0), "PNG"))
+    np.save(folder / "actions.npy", np.zeros((2, 7)))
+    assert len(*episodes_of(convert(folder, tmp_path / "out", "mine"))) == 2
 
 
 @pytest.mark.parametrize("file", ["actions.npy", "metadata.json", "1.png"])
@@ -1415,6 +1469,13 @@ def test_a_full_disk_anywhere_ends_in_one_sentence(capsys, monkeypatch):
     monkeypatch.setattr(data, "main", main)
     code, _, said = run(capsys, monkeypatch)
     assert code == 2 and "No space left" in said and "last.pt" in said and "free space" in said
+
+    def other():
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory", "data/file")
+
+    monkeypatch.setattr(data, "main", other)
+    code, _, said = run(capsys, monkeypatch)
+    assert code == 2 and "data/file" in said and "choose another place" in said
     monkeypatch.setattr(data, "main", lambda: open("/nowhere/at/all"))
     with pytest.raises(FileNotFoundError):  # what is not ours keeps its traceback
         run(capsys, monkeypatch)

@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -407,6 +408,18 @@ def test_an_exception_of_one_process_ends_all_with_its_error_on_screen(episodes,
         process.join(timeout=60)
     assert all(process.exitcode not in (0, None) for process in processes)
     assert "RuntimeError: a bad shard" in log.read_text() and time.monotonic() - began < 60
+
+
+def test_an_error_does_not_wait_for_loader_processes(episodes, tmp_path):
+    folder = shutil.copytree(episodes, tmp_path / "data")
+    (path,) = folder.glob("*/train/*5.safetensors")  # only they read it
+    path.write_bytes(path.read_bytes()[:-100])
+    flags = "--num_workers 2 --max_steps 100 --cache_latents False --standardize False".split()
+    flags = map(str, words(folder, tmp_path / "run", *flags))
+    command = [sys.executable, train_dit.__file__, *flags]
+    ended = subprocess.run(command, timeout=60, capture_output=True, text=True)
+    assert ended.returncode == 2 and f"error: {path}: truncated" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_signal_to_torchrun_saves_and_names_the_command_to_go_on(episodes, tmp_path):
