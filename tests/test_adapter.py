@@ -131,6 +131,15 @@ def test_keys_are_the_released_ones(values, blocks, others):
     assert set(make(values).state_dict()) == expected
 
 
+def test_hidden_widths_are_the_released_ones():
+    """By default; of the blocks at the latent's width always four times that width."""
+    mlp, refined = make(MLP), make(REFINED)
+    assert mlp.encoder_mlp[0].out_features == mlp.decoder_mlp[2].out_features == (32 + 8) // 2
+    for blocks, width in (("enc", 48), ("dec", 48), ("latent_enc", 4 * 8), ("latent_dec", 4 * 8)):
+        stack = refined.get_submodule(f"{blocks}_blocks")
+        assert {block.intermediate["dense"].out_features for block in stack} == {width}
+
+
 def test_norms_have_the_released_epsilons():
     adapter = make(REFINED | PROGRESSIVE)
     norms = {n: m.eps for n, m in adapter.named_modules() if isinstance(m, nn.LayerNorm)}
@@ -193,6 +202,27 @@ def test_doubling_of_time_loads_under_any_name(tmp_path):
 # Laws
 
 
+def test_a_block_is_pre_norm_attention_and_an_erf_gelu_mlp():
+    block, x = make(FLAT).enc_blocks[0], torch.randn(3, 2, 5, 32)
+    state = block.state_dict()
+
+    def linear(x, name):
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / x.var(-1, correction=0, keepdim=True).sqrt()
+        return x * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    y, names = norm(x.flatten(1, 2), "layernorm_before"), ("query", "key", "value")
+    parts = [linear(y, f"attention.attention.{name}").split(8, -1) for name in names]
+    heads = [(q @ k.mT / 8**0.5).softmax(-1) @ v for q, k, v in zip(*parts, strict=True)]
+    want = x.flatten(1, 2) + linear(torch.cat(heads, -1), "attention.output.dense")
+    y = linear(norm(want, "layernorm_after"), "intermediate.dense")
+    y = y * (1 + torch.erf(y / math.sqrt(2))) / 2
+    want = want + linear(y, "output.dense")
+    torch.testing.assert_close(block(x).flatten(1, 2), want, atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("values", [FLAT, PROGRESSIVE, REFINED, MLP])
 def test_encode_is_the_refined_mean_in_training_mode_too(values):
     adapter, z = make(values), torch.randn(2, 3, 4, 4, 32)
@@ -203,6 +233,16 @@ def test_encode_is_the_refined_mean_in_training_mode_too(values):
     assert torch.equal(evaluated, adapter.refine(mean))
     assert torch.equal(adapter.refine(mean), mean) == (values is not REFINED)
     assert adapter.decode(evaluated).shape == z.shape
+
+
+def test_latents_leave_and_enter_refinement_normalised():
+    adapter = create_adapter(AdapterConfig(**REFINED), 32)
+    u, entered = adapter.refine(3 + 5 * torch.randn(2, 4, 4, 8)), []
+    adapter.dec_proj.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
+    adapter.decode(3 + 5 * u)
+    for x in (u, entered[0]):
+        torch.testing.assert_close(x.mean(-1), torch.zeros(2, 4, 4), atol=1e-5, rtol=0)
+        torch.testing.assert_close(x.var(-1, correction=0), torch.ones(2, 4, 4), atol=1e-3, rtol=0)
 
 
 def test_identity_passes_features_through():
@@ -281,6 +321,15 @@ def test_an_adapter_that_begins_as_pca_projects_on_the_first_axes():
     assert adapter.posterior(z)[1].exp().sqrt().mean().item() == pytest.approx(math.exp(-2))
 
 
+def test_an_adapter_begins_as_pca_of_features_with_fewer_axes_than_it_has_channels():
+    z = torch.randn(2, 4, 4, 3) @ torch.eye(3, 32)
+    adapter = create_adapter(AdapterConfig(**FLAT, adapter_pca=True), 32)
+    variances = torch.cat((torch.ones(3), torch.zeros(29)))
+    adapter.begin_as_pca(torch.zeros(32), torch.eye(32), variances)
+    rebuilt = adapter.decode(adapter.encode(z))
+    assert (rebuilt - z).norm() < 0.3 * z.norm()  # NaN where it divides by nothing
+
+
 def test_groups_of_two_channels_lose_brightness_and_groups_of_four_keep_it():
     """Two numbers of mean 0 and variance 1 are +1 and -1, whatever they were."""
     grey = torch.randn(2, 16, 2).sort(descending=True)[0].flatten(1)[..., None, None]
@@ -296,6 +345,16 @@ def test_pixel_decoder_attends_at_the_named_resolution_only():
         names = [n.split(".") for n in paint.state_dict() if n.startswith("up_levels")]
         assert {int(n[1]) for n in names if n[2] == "attn"} == levels
         assert {n[1] for n in names if n[2] == "upsample"} == {"0"}  # the outermost does not grow
+
+
+def test_doubling_of_time_mixes_neighbours_in_time_and_no_clips():
+    values = PAINT | {"temporal_upsample": True}
+    paint, u = randomise(PixelDecoder(PixelDecoderConfig(**values))), torch.randn(2, 4, 2, 3, 8)
+    frames = paint(u)
+    torch.testing.assert_close(frames[1:], paint(u[1:]))
+    u[0, 2] += 1  # reaches frames 2 * 2 - 1 ... 2 * 2 + 2: a kernel of four steps
+    changed = (paint(u) - frames).abs().amax((2, 3, 4)) > 1e-4
+    assert changed.tolist() == [[t in (3, 4, 5, 6) for t in range(8)], [False] * 8]
 
 
 def test_pixel_decoder_paints_between_0_and_1_and_frames_alone():

@@ -1130,6 +1130,14 @@ def test_download_survives_bad_connections(tmp_path, server, faults):
         assert record["bytes"] == len(content)
 
 
+def test_a_server_without_ranges_is_asked_once_and_read_from_the_beginning(tmp_path, server):
+    shard = next((tmp_path / "web").glob("*00000-of-00003"))
+    (tmp_path / "a.part").write_bytes(b"half of it")
+    server.faults = ["no range"]
+    data.fetch(f"{server.url}/{shard.name}", tmp_path / "a", lambda count: None)
+    assert (tmp_path / "a").read_bytes() == shard.read_bytes() and len(server.requests) == 1
+
+
 def test_download_gives_up_in_one_sentence_and_continues_later(tmp_path, server):
     server.faults = ["cut", 503, 503, 503, 503]
     with pytest.raises(data.InputError, match="run the same command later"):

@@ -531,6 +531,16 @@ def test_the_fingerprint_names_the_latent_space(tmp_path):
     assert len({first, *others}) == 4 and first.startswith("vjepa2-")
 
 
+def test_options_that_change_latents_change_the_fingerprint(tmp_path):
+    for kind, option in (
+        ("scale_rae_siglip", {"final_norm": False}),
+        ("qwen", {"qwen_mode": "image"}),
+        ("vae", {"sd3_shift": True}),
+    ):
+        options, _ = small(kind, tmp_path / kind)
+        assert build(kind, options).fingerprint != build(kind, options | option).fingerprint
+
+
 # ------------------------------------------------------------------------------------------------
 # Agreement with upstream
 
@@ -550,6 +560,15 @@ def test_sd3_agrees_with_plain_modules_for_folder_parent_and_file(tmp_path):
     shifted = create_autoencoder(EncoderConfig("vae", weights=str(tmp_path), sd3_shift=True))
     torch.testing.assert_close(shifted.encode(frames), (mean - 0.25) * 1.5, **CLOSE)
     torch.testing.assert_close(shifted.decode(shifted.encode(frames)), encoder.decode(z), **CLOSE)
+
+
+def test_sd3_without_numbers_in_its_config_has_those_of_the_release(tmp_path):
+    model, frames = sd3(tmp_path / "vae"), torch.rand(1, 1, 16, 16, 3)
+    (tmp_path / "vae/config.json").write_text('{"norm_num_groups": 8}')
+    mean = model.encode(frames[0].movedim(-1, 1) * 2 - 1).movedim(1, -1)[None]
+    for shift, want in ((False, mean * 1.5305), (True, (mean - 0.0609) * 1.5305)):
+        encoder = create_autoencoder(EncoderConfig("vae", str(tmp_path), sd3_shift=shift))
+        torch.testing.assert_close(encoder.encode(frames), want, **CLOSE)
 
 
 def test_vavae_agrees_with_plain_modules(tmp_path):
@@ -689,6 +708,18 @@ def test_rae_decodes_as_torchs_own_layers_do(tmp_path):
     with torch.no_grad():
         want = (model(z[0]) * IMAGENET[1] + IMAGENET[0]).clamp(0, 1).movedim(1, -1)[None]
     torch.testing.assert_close(wide.decode(z), want, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["rae", "scale_rae_webssl", "scale_rae_siglip", "decoder"])
+def test_norms_have_the_released_epsilons(tmp_path, kind):
+    encoder = build(kind, small(kind, tmp_path)[0])
+    network, eps = (encoder.decoder, 1e-12) if kind == "decoder" else (encoder.network, 1e-6)
+    x = 1e-4 * torch.randn(1, 4, network.dim)  # so small that the constant shows
+    full = next(n for n in network.state_dict() if n.endswith(f"{network.norm1}.weight"))
+    name = full[len(network.prefix) : -len(".weight")]
+    y = network.norm(x, name) - network.tensor(f"{name}.bias")
+    want = F.layer_norm(x, x.shape[-1:], network.tensor(f"{name}.weight"), eps=eps)
+    torch.testing.assert_close(y, want, **CLOSE)
 
 
 def test_the_decoder_of_a_release_is_fetched_when_it_is_needed(offline, monkeypatch, tmp_path):

@@ -152,6 +152,27 @@ def test_ms_ssim_is_one_for_equal_frames_and_falls_with_noise():
     assert ms_ssim(a, a).shape == (1, 2)
 
 
+def test_ms_ssim_is_its_definition_in_numpy():
+    ndimage = pytest.importorskip("scipy.ndimage")
+    a = torch.rand(48, 56, 3)
+    b, want = 0.7 * a + 0.3 * torch.rand(48, 56, 3), 1.0
+    x, y = a.double().numpy(), b.double().numpy()
+    exponents = np.array([0.0448, 0.2856, 0.3001])
+    for scale, exponent in enumerate(exponents / exponents.sum()):
+
+        def blur(image):
+            sigma = (1.5, 1.5, 0)
+            return ndimage.gaussian_filter(image, sigma, radius=(5, 5, 0))[5:-5, 5:-5]
+
+        mx, my = blur(x), blur(y)
+        score = 2 * (blur(x * y) - mx * my) + 0.03**2
+        score /= blur(x * x) - mx**2 + blur(y * y) - my**2 + 0.03**2
+        score *= (2 * mx * my + 0.01**2) / (mx**2 + my**2 + 0.01**2) if scale == 2 else 1
+        want = want * score.mean((0, 1)) ** exponent
+        x, y = (z.reshape(z.shape[0] // 2, 2, -1, 2, 3).mean((1, 3)) for z in (x, y))
+    assert ms_ssim(a, b, 3).item() == pytest.approx(want.mean(), abs=1e-5)
+
+
 def test_ms_ssim_can_be_descended_from_any_start():
     a, b = torch.rand(1, 48, 48, 3), torch.rand(1, 48, 48, 3)
     b.requires_grad_()
@@ -232,6 +253,19 @@ def test_decoder_paints_from_the_draw_and_decode_too():
     u = model.adapter.encode(z)
     torch.testing.assert_close(mean[0], model.adapter.decode(u))
     torch.testing.assert_close(mean[3], model.pixel_decoder(u))
+
+
+def test_a_draw_lies_standard_deviations_away_from_the_mean(monkeypatch):
+    model, z, seen = autoencoder(False), torch.randn(1, 1, 4, 4, 48), []
+    mean, variance, eps = (
+        torch.randn(1, 1, 4, 4, 6),
+        torch.rand(6) + 0.1,
+        torch.randn(1, 1, 4, 4, 6),
+    )
+    monkeypatch.setattr(model.adapter, "posterior", lambda z: (mean, variance.log()))
+    monkeypatch.setattr(model.adapter, "decode", lambda u: seen.append(u) or z)
+    model(z, eps)
+    torch.testing.assert_close(seen[0], mean + variance.sqrt() * eps)
 
 
 def test_windows_cut_the_same_place_from_frames_and_grid_and_reach_everywhere():
@@ -463,6 +497,42 @@ def test_gan_terms_are_logged_and_the_critic_is_saved(train):
     resumed = train("run", "--max_steps", "6", resume=True)
     straight = train("straight", "--gan_weight", "0.1", "--gan_start", "8", "--max_steps", "6")
     assert same(resumed, straight)
+
+
+def test_the_kl_grows_over_its_share_of_the_run(train):
+    folder = train("run", *"--kl_weight 1 --kl_warmup 0.25 --max_steps 6".split())
+    log, weights = [row for row in rows(folder) if row["loss"]], []
+    fixed = {"mse": 1, "cosine": 1, "spectral": 0.01, "pixel": 1, "ms_ssim": 0.5}
+    for row in log:
+        rest = float(row["loss"]) - sum(w * float(row[name]) for name, w in fixed.items())
+        weights.append(rest / float(row["kl"]))
+    assert weights == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1], abs=1e-3)  # of 16 steps
+
+
+def test_the_decoder_learns_at_its_multiple_of_the_rate(train):
+    folder = train("run", "--decoder_lr_scale", "4", "--max_steps", "1")
+    groups = load_torch(folder / "last.pt")["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([3e-3, 4 * 3e-3])
+
+
+def test_windows_move_from_step_to_step(train, monkeypatch):
+    whole, places = train_adapter.cut, set()
+
+    def watched(z, frames, cells, seed):
+        places.add(whole(torch.arange(64).view(1, 8, 8, 1), None, cells, seed)[0][0, 0, 0].item())
+        return whole(z, frames, cells, seed)
+
+    monkeypatch.setattr(train_adapter, "cut", watched)
+    train("run", "--crop", "4", "--max_steps", "4")
+    assert len(places) > 2
+
+
+def test_the_critic_learns_from_its_own_loss_alone(train):
+    """In the first step both see the same frames, however much the painter heeds the critic."""
+    flags = "--gan_start 0 --max_steps 1 --gan_weight".split()
+    one, other = (load_torch(train(w, *flags, w) / "last.pt") for w in ("0.1", "10"))
+    assert all(torch.equal(t, other["critic"][name]) for name, t in one["critic"].items())
+    assert any(not torch.equal(t, other["model"][name]) for name, t in one["model"].items())
 
 
 def test_identity_adapter_trains_a_decoder_alone(train):

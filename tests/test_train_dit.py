@@ -28,9 +28,11 @@ from test_data import mutations
 import data
 import train_dit
 from data import (
+    Clip,
     DataConfig,
     EpisodeDataset,
     InputError,
+    Processes,
     ToyConfig,
     generate_toy,
     load_tensors,
@@ -39,6 +41,7 @@ from data import (
 )
 from diffusion import FlowMatching, draw
 from dit import load_dit
+from encoders import EncoderConfig, create_autoencoder
 from world_model import LatentSpace, WorldModel
 
 SMALL = (
@@ -481,6 +484,63 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(
     assert not list(folder.glob(".*.tmp"))
 
 
+def test_the_weight_average_is_validated_and_written(episodes, tmp_path, monkeypatch):
+    whole, seen = train_dit.validate, []
+
+    def watched(dit, *rest):
+        seen.append({f"dit.{name}": t.clone() for name, t in dit.state_dict().items()})
+        return whole(dit, *rest)
+
+    monkeypatch.setattr(train_dit, "validate", watched)
+    folder = train(episodes, tmp_path / "run", "--max_steps", 2)
+    written, average = (
+        load_tensors(folder / "world_model.safetensors")[0],
+        load_torch(folder / "last.pt")["ema"],
+    )
+    for name, tensor in average.items():
+        assert torch.equal(written[f"dit.{name}"], tensor) and torch.equal(
+            seen[-1][f"dit.{name}"], tensor
+        )
+
+
+def test_validation_gives_every_clip_another_clips_actions(monkeypatch):
+    space = LatentSpace(create_autoencoder(EncoderConfig("pixels", patch_size=8)))
+    seen, args = [], train_dit.Args(num_history=1, num_frames=3)
+    monkeypatch.setattr(train_dit, "dream", lambda *x: seen.append(x[5]) or x[4])
+    alone = Processes(0, 1, torch.device("cpu"))
+    frames, actions = torch.rand(3, 3, 16, 16, 3), torch.randn(3, 3, 10)
+    scores = train_dit.validate(None, None, space, Clip(frames, actions), args, alone)
+    assert torch.equal(seen[0], actions) and torch.equal(seen[1], actions[[1, 2, 0]])
+    assert scores["psnr_model"] == scores["psnr_ceiling"] > 60 > scores["psnr_copy"]
+    train_dit.validate(None, None, space, Clip(frames[:1], actions[:1]), args, alone)
+    assert torch.equal(seen[3], actions[:1].flip(1))  # a lone clip's own, reversed
+
+
+def test_actions_are_dropped_as_often_as_the_flag_says(episodes, tmp_path, monkeypatch):
+    loss, dropped = FlowMatching.loss, []
+
+    def watched(self, model, *rest):
+        dropped.append(model.keywords["drop"])
+        return loss(self, model, *rest)
+
+    monkeypatch.setattr(FlowMatching, "loss", watched)
+    train(episodes, tmp_path / "run", "--max_steps", 4, "--action_dropout", 0.1, "--batch_size", 8)
+    assert torch.cat(dropped).float().mean() < 0.3  # of 32 clips
+
+
+def test_a_channel_without_spread_is_scaled_by_a_thousandth_of_the_largest():
+    class Cached(list):
+        latents = "fingerprint"
+
+    z = torch.tensor([2.0, 3.0]) + torch.tensor([7.0, 0.0]) * torch.randn(4, 50, 2, 2, 2)
+    clips = Cached(Clip(clip, torch.zeros(50, 10)) for clip in z)
+    space = LatentSpace(create_autoencoder(EncoderConfig("pixels")))
+    mean, std = train_dit.latent_scale(space, clips, train_dit.Args())
+    torch.testing.assert_close(mean, z.mean((0, 1, 2, 3)))
+    torch.testing.assert_close(std[0], z[..., 0].std(correction=0))
+    torch.testing.assert_close(std[1], 1e-3 * std[0])
+
+
 def poison(monkeypatch, bad):
     """Make the loss infinite in the steps that bad(step) names; steps are counted from 1."""
     loss, calls = FlowMatching.loss, []
@@ -536,6 +596,11 @@ def test_the_log_has_every_column_and_a_curve(episodes, tmp_path, monkeypatch):
     with Image.open(folder / "loss.png") as picture:
         blue = (np.asarray(picture) == (0x1F, 0x5F, 0xBF)).all(-1)
         assert picture.size == (800, 480) and blue.any(0).sum() > 450  # a curve from step 1 to 3
+
+
+def test_a_line_of_the_log_is_the_mean_since_the_last(episodes, straight, tmp_path):
+    folder = train(episodes, tmp_path / "run", "--max_steps", 6, "--log_every", 3)
+    assert losses(folder) == pytest.approx(np.reshape(losses(straight), (2, 3)).mean(1), rel=1e-4)
 
 
 def test_a_bar_is_drawn_on_a_terminal_only(episodes, tmp_path, monkeypatch, capsys):

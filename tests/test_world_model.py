@@ -316,6 +316,13 @@ def test_a_file_of_another_encoder_or_kind_is_refused(tmp_path, model):
         WorldModel(tmp_path / "nowhere.safetensors")
 
 
+def test_actions_are_mapped_as_in_training(model):
+    raw = np.random.default_rng(0).uniform(-0.05, 0.05, (3, 7))
+    for name in ("bridge", "viola"):
+        model.data = ABOUT | {"action_mapping": name}
+        assert np.array_equal(model.map_actions(raw).numpy(), map_actions(raw, name))
+
+
 # ------------------------------------------------------------------------------------------------
 # The command line.
 
@@ -419,6 +426,29 @@ def test_candidates_share_their_context_and_cost_eleven_passes_a_frame(model):
     assert sum(passes) == 1 + 4 * 11 * 3
     uncached = cost(candidates.requires_grad_(True))
     assert torch.allclose(cached, uncached, rtol=1e-4)  # float32 over 30 steps
+
+
+def test_a_long_context_is_cut_to_its_newest_frames_and_their_actions(model):
+    context, known, noise = torch.randn(6, 2, 2, 192), torch.randn(5, 10), torch.randn(2, 2, 2, 192)
+    fixed, candidates = (torch.randn(2, 2, 2, 192), noise), torch.randn(4, 2, 10)
+    dit, objective = model.dit, model.objective
+    long = candidate_cost(dit, objective, context, known, *fixed)(candidates)
+    short = candidate_cost(dit, objective, context[-3:], known[-2:], *fixed)(candidates)
+    assert torch.equal(long, short)  # the window of 5 holds 3 known frames beside 2 dreamed ones
+
+
+def test_the_last_action_stands_beside_the_last_dreamed_frame():
+    seen, z, noise = [], torch.zeros(2, 2, 2, 3), torch.zeros(2, 2, 2, 3)
+
+    def still(z, tau, actions):
+        seen.append(actions)
+        return torch.zeros_like(z)
+
+    known, candidates, last = torch.randn(1, 10), torch.randn(4, 2, 10), torch.randn(10)
+    for given, expected in ((last, last.expand(4, 10)), (None, candidates[:, -1])):
+        candidate_cost(still, FlowMatching(steps=1), z, known, noise, noise, given)(candidates)
+        assert torch.equal(seen[-1][:, -1], expected)
+        assert torch.equal(seen[-1][:, 1:3], candidates)
 
 
 @pytest.mark.parametrize(
