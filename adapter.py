@@ -28,7 +28,6 @@ from torch import Tensor, nn
 import data
 from data import InputError
 
-WRAPPERS = ("_orig_mod.", "module.")  # torch.compile and DDP put these before every key
 GRID = 16  # where the pixel decoder starts: 256x256 frames, 16 pixels a token
 # Layers that only some S-VAEs have; in the others the identity stands there.
 PROGRESSIVE = "enc_norm_high enc_down enc_blocks_mid dec_blocks_mid dec_norm_mid dec_up".split()
@@ -374,17 +373,11 @@ def pack(**parts: nn.Module | None) -> tuple[dict, dict]:
 def unpack(
     part: str, make: Callable, tensors: dict, metadata: dict, where: str
 ) -> nn.Module | None:
-    """Make a part of a file, in eval mode, if it has it; no memory is taken before shapes agree."""
-    if metadata[f"{part}_config"] is None:
+    """Make a part of a file, in eval mode, if the file has it."""
+    if (config := metadata[f"{part}_config"]) is None:
         return None
-    with torch.device("meta"):
-        module = data.config_from(make, metadata[f"{part}_config"], where)
     state = {n[len(part) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{part}.")}
-    if wrong := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
-        raise InputError(f"{where}: {wrong[0]} holds no real numbers; copy the file again")
-    data.load_strictly(module, {name: t.to("meta") for name, t in state.items()}, where)
-    data.load_strictly(module.to_empty(device="cpu"), state, where)
-    return module.eval()
+    return data.rebuild(make, config, state, where)
 
 
 def save_adapter(path: str | Path, adapter: Adapter, pixel_decoder: PixelDecoder | None) -> None:
@@ -403,11 +396,11 @@ def read_released(path: str | Path) -> tuple[dict, dict]:
         return {name: given[name] for name in names if given[name] is not None}
 
     file = dict(data.load_torch(path))
-    config, state = file["adapter_config"], data.strip_prefixes(file["adapter"], WRAPPERS)
+    config, state = file["adapter_config"], data.strip_prefixes(file["adapter"])
     tensors, paint = {f"adapter.{name}": tensor for name, tensor in state.items()}, None
     last = {"svae": "dec_norm.weight", "mlp": "decoder_mlp.4.weight"}.get(config["adapter_type"])
     input_dim = len(state[last]) if last else config["adapter_latent_dim"]
-    if state := data.strip_prefixes(file.get("pixel_decoder") or {}, WRAPPERS):
+    if state := data.strip_prefixes(file.get("pixel_decoder") or {}):
         # Configs without attn_* entries are older than attention inside the levels.
         paint = {"attn_resolutions": (), "attn_heads": 1} | file["pixel_decoder_config"]
         paint = pick(PixelDecoderConfig, paint)

@@ -158,7 +158,8 @@ def reading(path: str | Path, remedy: str, *faults: type) -> Iterator[None]:
     except InputError:
         raise
     except faults as error:
-        name, (said, *_) = type(error).__name__, [*str(error).splitlines(), ""]
+        text = re.sub("\x1b.*?m", "", str(error))  # torch colours its words
+        name, (said, *_) = type(error).__name__, [*text.splitlines(), ""]
         reason = f"{name}: {said}" if said else name
         raise InputError(f"{path}: truncated or of another format ({reason}); {remedy}") from error
 
@@ -178,16 +179,19 @@ def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> tuple[
 
 
 def load_torch(path: str | Path) -> Any:
-    """Read a `.pt` file on the CPU, memory-mapped, without ever running code in it."""
+    """Read a `.pt` file on the CPU, without ever running code in it; its checksums must match."""
     remedy = "a file that needs code to run is refused; otherwise fetch or write it again"
     with reading(path, remedy, Exception):  # of zip, pickle and torch: they name no types
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if zipped := zipfile.is_zipfile(path):  # older files are none, and cannot be mapped
+            with zipfile.ZipFile(path) as archive:  # torch itself does not look at its checksums
+                if broken := archive.testzip():
+                    raise InputError(f"{path}: the checksum of {broken} does not match; {remedy}")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
-def strip_prefixes(state: dict[str, Any], prefixes: Iterable[str]) -> dict[str, Any]:
-    """Remove wrapper prefixes such as 'module.' and '_orig_mod.' from the front of every key."""
-    front = re.compile(f"({'|'.join(map(re.escape, prefixes))})*")
-    return {name[front.match(name).end() :]: tensor for name, tensor in state.items()}
+def strip_prefixes(state: dict[str, Any]) -> dict[str, Any]:
+    """Remove what torch.compile and DDP put in front of every key, once or more."""
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): x for name, x in state.items()}
 
 
 def load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
@@ -208,6 +212,17 @@ def config_from(cls: type, values: dict, where: str) -> Any:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: {error}; take the version or the options it fits") from error
+
+
+def rebuild(make: Callable, config: dict, state: dict, where: str) -> torch.nn.Module:
+    """Make a stored module, in eval mode; no memory is taken before its shapes agree."""
+    with torch.device("meta"):
+        module = config_from(make, config, where)
+    if wrong := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
+        raise InputError(f"{where}: {wrong[0]} holds no real numbers; copy the file again")
+    load_strictly(module, {name: tensor.to("meta") for name, tensor in state.items()}, where)
+    load_strictly(module.to_empty(device="cpu"), state, where)
+    return module.eval()
 
 
 class Processes(NamedTuple):
@@ -1844,10 +1859,6 @@ class Run:
         """Go on from the newest checkpoint that is whole."""
         for path in (self.folder / "last.pt", self.folder / "previous.pt"):
             try:
-                with reading(path, "the save before is tried", Exception):
-                    with zipfile.ZipFile(path) as archive:
-                        if archive.testzip():
-                            raise InputError(f"{path}: its checksums do not match")
                 self.state = load_torch(path)
                 if lacking := {"episodes", "random", "fixed", *self.parts}.difference(self.state):
                     raise InputError(f"{path}: is of another script or version, without {lacking}")

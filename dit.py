@@ -20,7 +20,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,10 @@ class DiTConfig:
     action_dropout: float = 0.1  # share of training clips without actions
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if type(value) is int and value < 1:
-                raise InputError(f"DiT {name} is {value}; give at least 1")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (type(value) is not int or value < 1):
+                raise InputError(f"DiT {field.name} is {value!r}; give a whole number from 1 on")
         if self.dim % (2 * self.heads):
             raise InputError(f"DiT dim {self.dim} is not {self.heads} heads of even width")
         for name, known in (("temporal_mode", ATTEND), ("view_rope", ("additive", "official"))):
@@ -419,7 +420,7 @@ def released_state(content: object, where: str) -> dict[str, Tensor]:
     values = content.values() if isinstance(content, dict) else [None]
     if not all(torch.is_tensor(x) and x.is_floating_point() for x in values):
         raise InputError(f"{where}: no state dict, bare or in 'ema' or 'model'; give a DiT file")
-    state = data.strip_prefixes(content, ("module.", "_orig_mod."))
+    state = data.strip_prefixes(content)
     if len(state) != len(content):
         raise InputError(f"{where}: tensors occur with and without a prefix; keep one set")
     return state
@@ -435,7 +436,7 @@ def load_dit(path: str | Path, **overrides: Any) -> DiT:
     where, ours = str(path), Path(path).suffix == ".safetensors"
     state, metadata = data.load_tensors(path) if ours else (data.load_torch(path), {})
     if "dit_config" in metadata:
-        fields = metadata["dit_config"]
+        given = metadata["dit_config"]
         state = {name[4:]: x for name, x in state.items() if name.startswith("dit.")}
     else:
         state = released_state(state, where)
@@ -446,23 +447,18 @@ def load_dit(path: str | Path, **overrides: Any) -> DiT:
             raise InputError(f"{where}: has no {' and '.join(names)} of a DiT") from None
         layers = {match[0] for name in state if (match := re.match(r"blocks\.\d+\.", name))}
         wide = state.get("s_projector.weight")
-        fields = dict(in_channels=channels, patch_size=patch_size, dim=dim, depth=len(layers))
-        fields |= dict(action_dim=action_dim, wide_head=wide is not None)
-        fields |= {} if wide is None else dict(head_dim=len(wide))
-    for name in fields.keys() & overrides.keys():
-        if fields[name] != overrides[name]:
-            raise InputError(f"{where}: {name} is {fields[name]!r}, not {overrides[name]!r}")
-    fields = fields | overrides
-    if "heads" not in fields:
-        if fields["dim"] % 64:
-            raise InputError(f"{where}: width {fields['dim']} does not tell the heads; give heads")
-        fields["heads"] = 16 if fields["dim"] == 1152 else fields["dim"] // 64
-    config = data.config_from(DiTConfig, fields, where)
-    with torch.device("meta"):
-        dit = DiT(config)
-    dit.to_empty(device="cpu")
-    data.load_strictly(dit, state, where)
-    return dit.eval()
+        given = dict(in_channels=channels, patch_size=patch_size, dim=dim, depth=len(layers))
+        given |= dict(action_dim=action_dim, wide_head=wide is not None)
+        given |= {} if wide is None else dict(head_dim=len(wide))
+    for name in given.keys() & overrides.keys():
+        if given[name] != overrides[name]:
+            raise InputError(f"{where}: {name} is {given[name]!r}, not {overrides[name]!r}")
+    given = given | overrides
+    if "heads" not in given:
+        if given["dim"] % 64:
+            raise InputError(f"{where}: width {given['dim']} does not tell the heads; give heads")
+        given["heads"] = 16 if given["dim"] == 1152 else given["dim"] // 64
+    return data.rebuild(lambda **values: DiT(DiTConfig(**values)), given, state, where)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ HOMES = {name: f"weights/{kind}/decoder" for kind, name in DECODERS.items()}
 HOMES |= {name: f"weights/{kind}" for kind, name in (*STATISTICS.items(), *RELEASES.items())}
 TRANSFORMERS = ("model.safetensors", "model.safetensors.index.json")
 CONTAINERS = ("ema_encoder", "target_encoder", "state_dict")  # what may hold the tensors of a .pt
+OFFLINE = ("LocalEntryNotFoundError", "URLError")  # what a download ends with
 REMEDY = f"name a file of tensors, at its top level or in {', '.join(CONTAINERS)}"
 WRAPPERS = r"((module|_orig_mod|backbone|model|visual|vision_model)\.)*"  # before a tensor's name
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of a network's input
@@ -130,12 +131,13 @@ def find(name: str, *files: str, download: bool = True) -> Path:
             return fetch(name, file, cached)
         except (OSError, ValueError) as error:
             reason = type(error).__name__
+            if not cached and reason in OFFLINE:  # another name would wait in vain again
+                break
     place = re.sub(r"^([\w.-]+/[\w.-]+)", r"https://huggingface.co/\1/resolve/main", name)
-    offline = reason in ("LocalEntryNotFoundError", "URLError")
     raise MissingFileError(
         f"{place}/{files[0]} is not on this machine and cannot be fetched "
-        f"({'no connection' if offline else reason}); put it, with the config.json, shards or "
-        f"decoder.jit beside it, in {home} here (a licence may need consent), or name its folder"
+        f"({'no connection' if reason in OFFLINE else reason}); put it, with its config.json, "
+        f"shards or decoder.jit, in {home} here (a licence may need consent), or name its folder"
     )
 
 
@@ -466,7 +468,8 @@ class QwenTower(Transformer):
     instead of upstream's permutation. Pairs never see each other.
     """
 
-    files, keep = TRANSFORMERS[::-1], ("visual.", "model.visual.")
+    files = TRANSFORMERS[::-1]
+    keep = ("visual.", "model.visual.", "patch_embed.", "blocks.", "merger.")
     size, mean_std, clamp, unused = 224, CLIP, True, ("merger.mlp.",)
     fc1, fc2, gated, halves = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", True, True
 
@@ -653,14 +656,14 @@ class Cosmos(Network):
             dtypes = [value.dtype for value in (*jit.parameters(), *jit.buffers())]
             self.jits[i, x.device] = jit, (dtypes or [torch.float32])[0]
         jit, dtype = self.jits[i, x.device]
-        out = jit(x.to(dtype))
+        out = jit(x.to(dtype).contiguous())
         return out[0] if isinstance(out, tuple) else out
 
     def encode(self, x: Tensor) -> Tensor:
         return self.run(0, x).movedim(1, -1)
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.run(1, z.movedim(-1, 1).contiguous())
+        return self.run(1, z.movedim(-1, 1))
 
 
 NETWORKS = {"pixels": Patches, "vae": KLAutoencoder, "vavae": VAVAE, "cosmos": Cosmos, "rae": RAE}
@@ -779,7 +782,7 @@ class BaseAutoencoder(nn.Module):
             raise InputError(f"{what} needs multiples of {unit}; crop them or set image_size")
         if frames.dtype == torch.uint8:
             return
-        low, high = (value.item() for value in torch.aminmax(frames))
+        low, high = (value.item() for value in torch.aminmax(frames.real))
         if not (frames.is_floating_point() and low >= -1e-3 and high <= 1.001):  # refuses NaN too
             what = f"frames are {frames.dtype} from {low:.4g} to {high:.4g}"
             raise InputError(f"{what}; give floats in [0, 1] (0..255: divide by 255), or uint8")

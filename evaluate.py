@@ -44,7 +44,7 @@ from data import InputError
 from diffusion import OBJECTIVES, time_shift
 from dit import load_dit, merge_views
 from encoders import EncoderConfig
-from world_model import PLANNERS, SEARCHED, WorldModel, build_latent_space, candidate_cost
+from world_model import PLANNERS, SEARCHED, WorldModel, build_latent_space, candidate_cost, dream
 
 Device = str | torch.device
 DISTANCES = ("fid", "fid_tv", "fvd", "fvd_r3d")
@@ -136,6 +136,7 @@ class Args:
             raise InputError(f"horizons {self.horizons!r}: give numbers from 1 on, such as 1,4")
         least = {"num_episodes": 2, "windows": 2, "population": 16, "batch_size": 1, "max_steps": 1}
         least |= {"policy_starts": 2, "policy_trials": 1, "policy_steps": 8, "probe_width": 32}
+        least |= {k: 1 for k in ("num_context", "num_frames") if getattr(self, k) is not None}
         if small := [f"{name} >= {n}" for name, n in least.items() if getattr(self, name) < n]:
             raise InputError(f"need {', '.join(small)}")
 
@@ -979,12 +980,9 @@ class Evaluation:
 
         z (B, at least n, h, w, C), actions (B, T, A)  ->  (B, T', h, w, C)
         """
-        n, actions = self.n // self.space.temporal_stride, self.space.group_actions(actions)
-        shape = (actions.shape[1] - n, *z.shape[2:])
-        draws = [torch.Generator().manual_seed(self.args.seed + seed) for seed in seeds]
-        noise = torch.stack([torch.randn(shape, generator=g) for g in draws]).to(z.device)
-        rollout = self.model.objective.rollout
-        out = rollout(self.model.dit, z[:, :n], actions, shape[0], noise=noise)
+        n, model = self.n // self.space.temporal_stride, self.model
+        draws = [self.args.seed + seed for seed in seeds]
+        out = dream((model.dit, model.objective, self.space), z, actions, n, draws)
         if not out.isfinite().all():
             raise InputError(f"clips {[*seeds]}: the model dreams NaN or infinity; it has diverged")
         return out

@@ -122,6 +122,8 @@ class Args:
         for name in (*counts.split(), "crop"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1")
+        if self.num_workers < 0:
+            raise InputError("num_workers must be at least 0")
         if self.adapter.adapter_type == "identity" and not self.use_pixel_decoder:
             raise InputError("an identity adapter has nothing to train; add use_pixel_decoder")
         self.pixel_decoder_config(self.adapter.adapter_latent_dim)

@@ -18,7 +18,6 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -31,12 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from data import Clip, EpisodeDataset, InputError, Processes, Run, begin, choose_clips, psnr, wrap
-from diffusion import OBJECTIVES, Objective, draw, time_shift
+from diffusion import OBJECTIVES, draw, time_shift
 from dit import DIT_SIZES, DiT, DiTConfig, load_dit
 from encoders import ROWS, EncoderConfig
-from world_model import LatentSpace, build_latent_space, save_world_model
+from world_model import LatentSpace, Model, build_latent_space, dream, save_world_model
 
-Model = tuple[DiT, Objective, LatentSpace]  # all that it takes to dream
 COLUMNS = (
     "step loss grad_norm lr clips_per_s ms_per_step mfu minutes_left memory_gb skipped psnr_model "
     "psnr_shuffled psnr_copy psnr_ceiling latent_mse_model latent_mse_shuffled latent_mse_copy"
@@ -115,10 +113,12 @@ class Args:
     save_every: int = 1000  # steps between checkpoints
 
     def __post_init__(self):
-        counts = "num_history stride batch_size grad_accum num_views log_every val_every save_every"
-        for name in counts.split():
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1")
+        counts = (
+            "num_workers num_history stride batch_size grad_accum num_epochs num_views log_every"
+        )
+        for name in (*counts.split(), "val_every", "val_clips", "save_every"):
+            if getattr(self, name) < (least := int(name != "num_workers")):
+                raise InputError(f"{name} must be at least {least}")
         if (self.adapter_type == "identity") != (self.adapter_checkpoint_path is None):
             raise InputError("adapter_type mlp or svae and adapter_checkpoint_path go together")
 
@@ -181,19 +181,6 @@ def latent_scale(space: LatentSpace, dataset: EpisodeDataset, args: Args) -> tup
     return mean.float(), std.clamp_min(1e-3 * std.max()).float()
 
 
-def dream(model: Model, args: Args, z: Tensor, actions: Tensor, clips: Iterable[int]) -> Tensor:
-    """Replace what follows the history in the latents z of clips by a rollout.
-
-    clips  their numbers, which alone decide their noise: no batch, device or process does
-    """
-    dit, objective, space = model
-    n = args.num_history // space.temporal_stride
-    generators = [torch.Generator().manual_seed(args.seed + int(i)) for i in clips]
-    noise = torch.stack([torch.randn(z[0, n:].shape, generator=g) for g in generators]).to(z.device)
-    actions = space.group_actions(actions)
-    return objective.rollout(dit, z[:, :n], actions, z.shape[1] - n, noise=noise)
-
-
 @torch.no_grad()
 def validate(model: Model, clips: Clip, args: Args, proc: Processes) -> dict[str, float]:
     """Measure on held-out clips the rollout and what it must be compared with.
@@ -212,7 +199,7 @@ def validate(model: Model, clips: Clip, args: Args, proc: Processes) -> dict[str
     for i in torch.arange(proc.rank, len(swapped), proc.world).split(8):
         real, *acts = (x[i].to(proc.device) for x in (*clips, swapped))
         z = space.encode(real)
-        dreams = [dream(model, args, z, a, i) for a in acts]
+        dreams = [dream(model, z, a, now, args.seed + i) for a in acts]
         shown = [x[:, now:] for x in (*dreams, z[:, now - 1 : now].expand_as(z), z)]
         if space.has_decoder:
             shown = [space.decode(x) for x in shown]
@@ -231,7 +218,8 @@ def write_sample(path: Path, model: Model, clips: Clip, args: Args) -> None:
     """Write a GIF of up to four held-out clips, one a row: real | dreamed."""
     space = model[-1]
     real, actions = (x[:4].to(next(space.buffers()).device) for x in clips)
-    z = dream(model, args, space.encode(real), actions, range(len(real)))
+    n, seeds = args.num_history // space.temporal_stride, range(args.seed, args.seed + 4)
+    z = dream(model, space.encode(real), actions, n, seeds[: len(real)])
     pair = torch.cat((real, space.decode(z)), -2)
     pair = torch.cat(pair.unbind(1), -2) if space.num_views > 1 else pair  # views side by side
     zoom = max(1, 128 // args.image_size)
@@ -295,25 +283,28 @@ def count_costs(config: DiTConfig, h: int, w: int) -> tuple[int, float, float]:
 def dry_run(args: Args, world: int) -> None:
     """Print the cost of a run on `world` processes; no file is read and nothing is computed."""
     kind, T, V = EncoderConfig(args.encoder_type).encoder_type, args.num_frames, args.num_views
-    h, w, C = map(int, ROWS[kind][1].split("x"))
+    *grid, C = map(int, ROWS[kind][1].split("x"))
+    scale = args.image_size / 256 if ROWS[kind][3] == "no" else 1  # the others resize frames
+    h, w = (int(n * scale) for n in grid)
     if kind == "pixels":
         h, w, C = *[args.image_size // args.pixel_patch] * 2, 3 * args.pixel_patch**2
     C = args.adapter_latent_dim or (C if args.adapter_type == "identity" else 96)
     count, forward, kept = count_costs(choose_dit(args, C, T), h, w)
-    encoder = 0 if args.cache_latents else 1e9 * ENCODER_GFLOP.get(kind, 0) * V
+    encoder = 0 if args.cache_latents else 1e9 * ENCODER_GFLOP.get(kind, 0) * V * scale**2
+    said = f"{encoder / 1e9:.1f} GFLOP a frame" if kind not in ("rae", "qwen") else "not counted"
     clip, cells = T * (3 * forward + encoder), V * h * w * C  # FLOPs; numbers in a frame's latent
     clips = args.batch_size * args.grad_accum * world
     parts = {"weights": 4 * count, "gradients": 4 * count, "AdamW": 8 * count, "average": 4 * count}
     parts["activations"] = kept * args.batch_size
     print(f"""\
 DiT-{args.dit_size}: {count / 1e6:.1f} M parameters, {forward / 1e9:.1f} GFLOP a frame forward
-latents {V} x {h} x {w} x {C}, {T} frames a clip; its encoder: {encoder / 1e9:.1f} GFLOP a frame
+latents {V} x {h} x {w} x {C}, {T} frames a clip; its encoder: {said}
 a step: {clips} clips on {world} processes, {clips * clip / 1e12:.1f} TFLOP: 3 x forward + encoder
 memory a process: {sum(parts.values()) / 1e9:.1f} GB = \
 {", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())} (bfloat16, eager)
 latents of Bridge V2: {BRIDGE_FRAMES * 2 * cells / 1e12:.2f} TB; GB/s are read from them
 {args.num_epochs} epochs of {BRIDGE_CLIPS} clips at {DRY_MFU:.0%} of a GPU's peak; rollout frames/s:
-exact ({T + 9} frame passes), rolling (11), and as fast as all weights can be read 11 times
+at 10 steps, exact ({T + 9} frame passes), rolling (11), and if reading the weights were all
 GPU        clips/s    hours     GB/s    exact  rolling  reading""")
     for name, peak in data.PEAKS.items():
         speed = DRY_MFU * peak * 1e12

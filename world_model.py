@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,22 @@ def build_latent_space(
     encoder = create_autoencoder(config)
     parts = load_adapter(adapter_path, encoder.fingerprint) if adapter_path else ()
     return LatentSpace(encoder, *parts, num_views=num_views)
+
+
+Model = tuple[DiT, Objective, LatentSpace]  # all that it takes to dream
+
+
+def dream(model: Model, z: Tensor, actions: Tensor, n: int, seeds: Iterable[int]) -> Tensor:
+    """Replace all but the first n latents of clips by a rollout; a clip's seed fixes its noise.
+
+    z (B, at least n, h, w, C), actions (B, T, A), B seeds  ->  (B, T', h, w, C)
+    """
+    dit, objective, space = model
+    beside = space.group_actions(actions)
+    shape = (beside.shape[1] - n, *z.shape[2:])
+    draws = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    noise = torch.stack([torch.randn(shape, generator=g) for g in draws]).to(z.device)
+    return objective.rollout(dit, z[:, :n], beside, shape[0], noise=noise)
 
 
 # -- Planning: entries `dims` of `start` (k, A) are searched in [-LIMIT, LIMIT], the others stay.
@@ -271,7 +287,7 @@ class WorldModel:
     checkpoint_path   that file, or what `load_world_model` makes of it: dit, objective, space, data
     device            default: CUDA, else Apple's MPS, else the CPU
     encoder_weights   and decoder_weights: where the public encoder lies here, if not where it lay
-    **sampler         guidance and context, see `Objective.extend`
+    guidance          and context: see `Objective.extend`
     **draws           noise (B, K, h, V w, C), which fixes every draw, or a seeded `generator`
     """
 
@@ -281,7 +297,8 @@ class WorldModel:
         device: str | torch.device | None = None,
         encoder_weights: str | None = None,
         decoder_weights: str | None = None,
-        **sampler: Any,
+        guidance: float = 1.0,
+        context: str = "exact",
     ):
         if not isinstance(parts := checkpoint_path, tuple):
             parts = load_world_model(checkpoint_path, encoder_weights, decoder_weights)
@@ -292,7 +309,8 @@ class WorldModel:
         if config.in_channels != C:
             channels = f"the DiT predicts {config.in_channels} channels, the latents have {C}"
             raise InputError(f"{channels}; choose the encoder and adapter of its training")
-        self.device, self.sampler = files.open_device(device or "cpu"), sampler
+        self.device = files.open_device(device or "cpu")
+        self.sampler = {"guidance": guidance, "context": context}
         self.dit.eval().requires_grad_(False).to(self.device)
         self.space.to(self.device)
         self.action_dim = config.action_dim // self.space.temporal_stride
@@ -353,15 +371,20 @@ class WorldModel:
         """
         frames = files.to_floats(frames).to(self.device)
         z = self.encode(frames)
-        self.batched, self.cache = z.ndim == 5, None
-        self.z = z if self.batched else z[None]
+        before = self.z, self.batched
+        self.z, self.batched = (z, True) if z.ndim == 5 else (z[None], False)
         n = self.z.shape[1] * self.space.temporal_stride
-        self.actions = self.z.new_zeros(len(self.z), n, self.action_dim)
-        if actions is not None and n > 1:
-            known = self._actions(actions)
-            if known.shape[1] != n - 1:
-                raise InputError(f"{known.shape[1]} actions for {n} frames; give {n - 1}")
-            self.actions[:, :-1] = known
+        beside = self.z.new_zeros(len(self.z), n, self.action_dim)
+        try:
+            if actions is not None and (n > 1 or torch.as_tensor(actions).numel()):
+                known = self._actions(actions)
+                if known.shape[1] != n - 1:
+                    raise InputError(f"{known.shape[1]} actions for {n} frames; give {n - 1}")
+                beside[:, :-1] = known
+        except InputError:
+            self.z, self.batched = before
+            raise
+        self.actions, self.cache = beside, None
         return frames
 
     @torch.no_grad()
@@ -386,7 +409,7 @@ class WorldModel:
         last = actions[:, -1:] if last is None else self._actions(last)
         actions = torch.cat((self.actions[:, :-1], actions, last), 1)  # (B, s n + K, A)
         beside, keep = self.space.group_actions(actions), self.dit.config.max_frames
-        known = self.dit, self.z, beside, noise.to(self.z)
+        known = self.dit, self.z, beside, torch.as_tensor(noise).to(self.z)
         z, self.cache = self.objective.extend(*known, cache=self.cache, **self.sampler)
         self.z, self.actions = z[:, -keep:], actions[:, -keep * s :]
         frames = self.space.decode(z[:, n:])
@@ -421,6 +444,8 @@ class WorldModel:
         policy  newest frame ([B,] [V,] H, W, 3) -> actions (A,), (K, A), (B, A) or (B, K, A)
         ->      frames ([B,] [V,] n + steps, H, W, 3), actions ([B,] steps, A)
         """
+        if steps < 1:
+            raise InputError(f"steps is {steps}; let the policy act at least once")
         video, taken = [self.reset(initial_frames)], []
         while (left := steps - sum(a.shape[1] for a in taken)) > 0:
             taken.append(self._actions(policy(video[-1].select(-4, -1)))[:, :left])
@@ -480,7 +505,7 @@ def read_actions(path: str | None) -> np.ndarray:
             lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
         if not lines:
             raise ValueError("no action")
-        return np.loadtxt(lines, ndmin=2)
+        return np.loadtxt([line.replace(",", " ") for line in lines], ndmin=2)
     except (ValueError, OSError, EOFError) as error:
         raise InputError(f"{path or 'typed'}: {error}; give .npy, or one action a line") from error
 

@@ -266,6 +266,30 @@ def test_a_truncated_or_absent_file_does_not_load(tmp_path):
         load_dit(tmp_path / "other.pt")
 
 
+def test_a_flipped_bit_in_a_released_file_is_noticed(tmp_path):
+    torch.save(released(DiTConfig(5, 1, 64, 1, 1)), tmp_path / "dit.pt")
+    content = bytearray((tmp_path / "dit.pt").read_bytes())
+    content[len(content) // 2] ^= 8  # inside a weight: torch would not see it
+    (tmp_path / "dit.pt").write_bytes(content)
+    with pytest.raises(InputError, match="checksum"):
+        load_dit(tmp_path / "dit.pt")
+
+
+def test_a_file_of_the_format_before_zip_loads(tmp_path):
+    state = released(DiTConfig(5, 1, 64, 1, 1))
+    torch.save(state, tmp_path / "dit.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(load_dit(tmp_path / "dit.pt").x_proj.weight, state["x_proj.weight"])
+
+
+def test_sizes_that_no_memory_holds_are_refused_by_the_shapes(tmp_path):
+    tensors = {f"dit.{k}": v for k, v in released(DiTConfig(5, 1, 64, 1, 1)).items()}
+    fields = asdict(DiTConfig(5, 1, 64, 1, 1))
+    for change in ({"dim": 10**6}, {"depth": 2.5}, {"num_views": "3"}):
+        save_tensors(tmp_path / "x.safetensors", tensors, {"dit_config": fields | change})
+        with pytest.raises(InputError, match="x.safetensors"):
+            load_dit(tmp_path / "x.safetensors")
+
+
 def test_overrides_fill_in_but_never_contradict(tmp_path):
     torch.save(released(DiTConfig(5, 1, 96, 1, 4)), tmp_path / "dit.pt")
     with pytest.raises(InputError, match="heads"):

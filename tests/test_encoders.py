@@ -674,6 +674,9 @@ def test_qwen_agrees_with_transformers(tmp_path):
     )
     assert image.temporal_stride == 1
     torch.testing.assert_close(image.encode(frames)[:, 2:], z[:, 1:], **CLOSE)
+    tower.save_pretrained(tmp_path / "tower")  # alone, its names without a prefix
+    alone = create_autoencoder(EncoderConfig("qwen", str(tmp_path / "tower"), image_size=140))
+    assert torch.equal(alone.encode(frames), z)
 
 
 def test_rae_decodes_as_torchs_own_layers_do(tmp_path):

@@ -487,41 +487,37 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(
 def test_the_weight_average_is_validated_and_written(episodes, tmp_path, monkeypatch):
     whole, seen = train_dit.validate, []
 
-    def watched(dit, *rest):
-        seen.append({f"dit.{name}": t.clone() for name, t in dit.state_dict().items()})
-        return whole(dit, *rest)
+    def watched(model, *rest):
+        seen.append({name: t.clone() for name, t in model[0].state_dict().items()})
+        return whole(model, *rest)
 
     monkeypatch.setattr(train_dit, "validate", watched)
     folder = train(episodes, tmp_path / "run", "--max_steps", 2)
-    written, average = (
-        load_tensors(folder / "world_model.safetensors")[0],
-        load_torch(folder / "last.pt")["ema"],
-    )
-    for name, tensor in average.items():
-        assert torch.equal(written[f"dit.{name}"], tensor) and torch.equal(
-            seen[-1][f"dit.{name}"], tensor
-        )
+    written = load_tensors(folder / "world_model.safetensors")[0]
+    for name, tensor in load_torch(folder / "last.pt")["ema"].items():
+        assert torch.equal(written[f"dit.{name}"], tensor) and torch.equal(seen[-1][name], tensor)
 
 
 def test_validation_gives_every_clip_another_clips_actions(monkeypatch):
     space = LatentSpace(create_autoencoder(EncoderConfig("pixels", patch_size=8)))
     seen, args = [], train_dit.Args(num_history=1, num_frames=3)
-    monkeypatch.setattr(train_dit, "dream", lambda *x: seen.append(x[5]) or x[4])
+    monkeypatch.setattr(train_dit, "dream", lambda *x: seen.append(x[2]) or x[1])
     alone = Processes(0, 1, torch.device("cpu"))
     frames, actions = torch.rand(3, 3, 16, 16, 3), torch.randn(3, 3, 10)
-    scores = train_dit.validate(None, None, space, Clip(frames, actions), args, alone)
+    model = None, None, space
+    scores = train_dit.validate(model, Clip(frames, actions), args, alone)
     assert torch.equal(seen[0], actions) and torch.equal(seen[1], actions[[1, 2, 0]])
     assert scores["psnr_model"] == scores["psnr_ceiling"] > 60 > scores["psnr_copy"]
-    train_dit.validate(None, None, space, Clip(frames[:1], actions[:1]), args, alone)
+    train_dit.validate(model, Clip(frames[:1], actions[:1]), args, alone)
     assert torch.equal(seen[3], actions[:1].flip(1))  # a lone clip's own, reversed
 
 
 def test_actions_are_dropped_as_often_as_the_flag_says(episodes, tmp_path, monkeypatch):
     loss, dropped = FlowMatching.loss, []
 
-    def watched(self, model, *rest):
+    def watched(self, model, *rest, **draws):
         dropped.append(model.keywords["drop"])
-        return loss(self, model, *rest)
+        return loss(self, model, *rest, **draws)
 
     monkeypatch.setattr(FlowMatching, "loss", watched)
     train(episodes, tmp_path / "run", "--max_steps", 4, "--action_dropout", 0.1, "--batch_size", 8)
@@ -691,6 +687,8 @@ def test_the_world_model_file_repeats_the_training_time_sample(episodes, straigh
         (["--subset_names", "mini,other"], "other"),
         (["--num_history", "9"], "num_history"),
         (["--save_every", "0"], "save_every"),
+        (["--val_clips", "0"], "val_clips"),
+        (["--num_workers", "-1"], "num_workers"),
         (["--pixel_patch", "7"], "multiples of 7"),
         (["--resume", "nowhere"], "nowhere"),
         (["--freeze", "block5"], "block5"),

@@ -297,11 +297,25 @@ def test_a_policy_runs_inside_the_model(model):
         (lambda m: (m.reset(torch.rand(1, 16, 16, 3)), m.step(torch.zeros(7))), "10"),
         (lambda m: (m.reset(torch.rand(1, 16, 16, 3)), m.step(torch.full((10,), np.nan))), "NaN"),
         (lambda m: m.rollout(torch.rand(2, 16, 16, 3), torch.zeros(2, 10)), "give more"),
+        (lambda m: m.reset(torch.rand(1, 16, 16, 3), torch.zeros(1, 10)), "give 0"),
+        (lambda m: m.rollout_policy(len, torch.rand(1, 16, 16, 3), 0), "at least once"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(model, call, complaint):
     with pytest.raises(InputError, match=complaint):
         call(model)
+
+
+def test_a_refused_reset_changes_nothing(model):
+    model.reset(torch.rand(2, 16, 16, 3))
+    before = model.state()
+    with pytest.raises(InputError, match="give 0"):
+        model.reset(torch.rand(1, 1, 16, 16, 3), torch.zeros(1, 3, 10))
+    assert torch.equal(model.z, before[0]) and torch.equal(model.actions, before[1])
+    action, noise = np.zeros(10), np.zeros((1, 1, *model.z.shape[2:]))
+    frame = model.step(action, noise=noise)  # NumPy's arrays serve everywhere
+    model.restore(before)
+    assert torch.equal(model.step(torch.zeros(10), noise=torch.zeros(noise.shape)), frame)
 
 
 def test_a_file_of_another_encoder_or_kind_is_refused(tmp_path, model):
@@ -354,6 +368,7 @@ def test_the_command_line_dreams_from_files_and_from_typed_actions(tmp_path, mon
     one = run("--actions", tmp_path / "one.npy")
     lines = "".join(" ".join(map(str, a)) + "\n" for a in raw)
     assert run(typed=lines.partition("\n")[0]) == one
+    assert run(typed=lines.replace(" ", ", ")) == text
     for end in ("", "\n"):  # the end of the input, or an empty line
         assert run(typed=lines + end) == text
     (tmp_path / "words.txt").write_text("up up left")
