@@ -258,13 +258,11 @@ class Block(nn.Module):
         self.attn = nn.ModuleDict(dict(qkv_proj=qkv, out_proj=Linear(dim, dim)))
         self.ffwd = nn.ModuleDict(dict(w12=Linear(dim, 2 * hidden), w3=Linear(hidden, dim)))
 
-    def forward(self, x: Tensor, modulation: Tensor, rope: Tensor, attend: Callable) -> Any:
+    def forward(self, x: Tensor, modulation: Tensor, rope: Tensor, attend: Callable) -> Tensor:
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, -1)
         qkv = self.attn["qkv_proj"](x, shift_attn, scale_attn, prologue=modulate)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, T, N, H, E)
         y = attend(norm_rotate(q, rope), norm_rotate(k, rope), v)
-        if y is None:  # only keys and values were wanted
-            return None
         x = torch.addcmul(x, gate_attn, self.attn["out_proj"](y.reshape(x.shape)))
         inputs = x, shift_mlp, scale_mlp, *self.ffwd["w12"].parameters()
         return torch.addcmul(x, gate_mlp, self.ffwd["w3"](*inputs, prologue=swiglu))
@@ -341,7 +339,7 @@ class DiT(nn.Module):
         head = time if self.config.wide_head else self.final_layer["adaLN_modulation"](c)
         return [*(block.adaLN_modulation(c) for block in blocks), head]
 
-    def _run(self, z: Tensor, modulations: list[Tensor], first: int, attend: Callable):
+    def _run(self, z: Tensor, modulations: list[Tensor], first: int, attend: Callable) -> Tensor:
         """Run frames from position `first`; attend(layer, q, k, v) is the temporal attention."""
         B, T, h, w, C = z.shape
         p, V = self.config.patch_size, self.config.num_views
@@ -356,8 +354,6 @@ class DiT(nn.Module):
         for i, layer in enumerate(self.blocks):
             x = layer["s_block"](x, modulations[2 * i], rope_s, attend_space)
             x = layer["t_block"](x, modulations[2 * i + 1], rope_t, functools.partial(attend, i))
-        if x is None:
-            return None
         head = self.head_final_layer if self.config.wide_head else self.final_layer
         if self.config.wide_head:
             x = self.s_projector(F.silu(x + last))  # (B, T, N, head_dim)
@@ -367,47 +363,49 @@ class DiT(nn.Module):
         return x.permute(0, 1, 2, 4, 3, 5, 6).reshape(z.shape).to(z.dtype)
 
     # -- frame by frame: encode_context once, then denoise at every noise level and keep the result
+    @torch.no_grad()
     def encode_context(
         self, z: Tensor, tau: Tensor, actions: Tensor, cache: ContextCache | None = None
     ) -> ContextCache:
-        """Compute the keys and values of known frames, T < max_frames, and add them to `cache`."""
+        """Add the keys and values of known frames, T < max_frames, to a cache; None: to a new one.
+
+        A full cache gives up its oldest frame, which the keys of the others still have seen.
+        """
         T, window = z.shape[1], self.config.max_frames
         if T >= window:
             raise InputError(f"a window of {window} holds {window - 1} known frames, not {T}")
         cache = cache or ContextCache(window, 0, 0, {})
         modulations = self.modulations(tau, actions) if T else []
         step = 1 if z.device.type == "cpu" else window  # one frame at a time fits a CPU's caches
-        for part in (slice(t, t + step) for t in range(0, T, step)):
-            self.denoise(z[:, part], [m[:, part] for m in modulations], cache, keep=True)
+        for part in (slice(t, min(t + step, T)) for t in range(0, T, step)):
+            new, room = part.stop - part.start, max(window - 1, 1)
+            seen = min(cache.frames + new, room)
+            attend = self._attend(cache, cache.position % room, seen)
+            self._run(z[:, part], [m[:, part] for m in modulations], cache.position, attend)
+            cache.frames, cache.position = min(seen, window - 1), cache.position + new
         return cache
 
     @torch.no_grad()
-    def denoise(
-        self, z: Tensor, modulations: list[Tensor], cache: ContextCache, keep: bool = False
-    ) -> Tensor | None:
-        """Predict v of the frame (B, 1, h, w, C) after the cached ones, or keep it in the cache.
+    def denoise(self, z: Tensor, modulations: list[Tensor], cache: ContextCache) -> Tensor:
+        """Predict v of the frame (B, 1, h, w, C) after the cached ones; they stay as they are.
 
         modulations  `modulations(tau, actions)` of this frame (T = 1) at this noise level
-        keep         a full cache gives up its oldest frame, which the other keys still have seen
         """
-        T, n, room = z.shape[1], cache.frames, cache.window - 1
-        slot, past = n, n + T
-        if keep:
-            slot, past = cache.position % max(room, 1), min(n + T, max(room, 1))
+        attend = self._attend(cache, cache.frames, cache.frames + 1)
+        return self._run(z, modulations, cache.position, attend)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    def _attend(self, cache: ContextCache, slot: int, seen: int) -> Callable:
+        """Give the attention of frames that go to `slot` of the cache and see its first `seen`."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if layer not in cache.kv:
                 cache.kv[layer] = k.new_empty(2, len(k), cache.window, *k.shape[2:])
             keys, values = cache.kv[layer].unbind(0)
-            keys[:, slot : slot + T], values[:, slot : slot + T] = k, v
-            if keep and layer == self.config.depth - 1:  # nobody needs the last output
-                return None
-            return ATTEND[self.config.temporal_mode](q, keys[:, :past], values[:, :past])
+            new = slice(slot, slot + k.shape[1])
+            keys[:, new], values[:, new] = k, v
+            return ATTEND[self.config.temporal_mode](q, keys[:, :seen], values[:, :seen])
 
-        v = self._run(z, modulations, cache.position, attend)
-        if keep:
-            cache.frames, cache.position = min(n + T, room), cache.position + T
-        return v
+        return attend
 
 
 def released_state(content: object, where: str) -> dict[str, Tensor]:

@@ -545,7 +545,8 @@ def test_cached_frames_equal_the_whole_window(fields):
             v = dit.denoise(z[:, t : t + 1], modulations(t), cache)
             torch.testing.assert_close(v, whole[:, t : t + 1], atol=1e-5, rtol=1e-5)
             if t < 4:
-                assert dit.denoise(z[:, t : t + 1], modulations(t), cache, keep=True) is None
+                known = z[:, t : t + 1], tau[:, t : t + 1], actions[:, t : t + 1]
+                assert dit.encode_context(*known, cache) is cache
 
 
 @torch.no_grad()
@@ -555,8 +556,7 @@ def test_an_expanded_cache_serves_candidates_and_can_be_used_again():
     for _ in range(2):
         cache, more = shared.expand(3), torch.randn(6, 2, 10)
         repeated = [x.repeat_interleave(3, 0) for x in (z, tau)]
-        modulations = dit.modulations(repeated[1][:, 2:3], more[:, :1])
-        dit.denoise(repeated[0][:, 2:3], modulations, cache, keep=True)
+        dit.encode_context(*(x[:, 2:3] for x in repeated), more[:, :1], cache)
         v = dit.denoise(
             repeated[0][:, 3:4], dit.modulations(repeated[1][:, 3:4], more[:, 1:]), cache
         )
@@ -568,9 +568,9 @@ def test_an_expanded_cache_serves_candidates_and_can_be_used_again():
 def test_a_window_of_one_frame_has_no_context():
     dit, (z, tau, actions) = random_dit(max_frames=1), clip(T=1)
     cache = dit.encode_context(z[:, :0], tau[:, :0], actions[:, :0])
-    modulations = dit.modulations(tau, actions)
-    dit.denoise(z, modulations, cache, keep=True)
-    torch.testing.assert_close(dit.denoise(z, modulations, cache), dit(z, tau, actions))
+    torch.testing.assert_close(
+        dit.denoise(z, dit.modulations(tau, actions), cache), dit(z, tau, actions)
+    )
 
 
 # -- training
