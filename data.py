@@ -1246,7 +1246,9 @@ def list_shards(info: Any, base: Path, local: bool, args: Args) -> list[Shard]:
         for i, (file, count) in enumerate(counts):
             if not re.fullmatch(r"[\w.-]+", file):
                 raise InputError(f"{base}: {file!r} is no name of a shard; fetch the list again")
-            if file := found.get(ending(file)) if local else file:
+            if local:
+                file = found.get(ending(file))
+            if file:
                 place, size = first + 10_000 * i, split.num_bytes // split.num_shards
                 here.append(Shard(file, "" if hashed else target, place, count, size))
         first += 10_000 * split.num_shards  # room for a shard's episodes, a few hundred
@@ -1835,8 +1837,9 @@ class Run:
             lines = [",".join(columns) + "\n"]
             for line in (line for line in old if line[-1] == "\n"):
                 step, loss = line.split(",", 2)[:2]
-                if int(step) < self.step + bool(loss or int(step) % args.val_every):
-                    lines.append(line)  # all but a validation that is done again
+                again = not loss and int(step) == self.step and self.step % args.val_every == 0
+                if int(step) <= self.step and not again:  # that validation is done once more
+                    lines.append(line)
             write_atomic(self.log, "".join(lines).encode())
         self.signals: list[int] = []
         self.handlers = {

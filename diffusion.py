@@ -129,7 +129,7 @@ class Objective:
         loss = (model(z_tau, tau, actions).float() - v)[:, scored:].square().mean()
         return loss, {"loss": loss.detach()}
 
-    def denoise(self, velocity: Callable[[Tensor, int], Tensor], z: Tensor) -> Tensor:
+    def integrate(self, velocity: Callable[[Tensor, int], Tensor], z: Tensor) -> Tensor:
         """Go from noise to a clean frame; velocity(z, k) is v at step k."""
         for k in range(self.steps):
             z = self.step(z, velocity(z, k), k)
@@ -150,7 +150,7 @@ class Objective:
             v = model(both(torch.cat((z_known, z_new), 1), guidance), both(tau, guidance), actions)
             return guide(v[:, -1:], guidance)
 
-        return self.denoise(velocity, eps)
+        return self.integrate(velocity, eps)
 
     def encode_context(
         self, model: Any, z: Tensor, actions: Tensor, guidance: float = 1.0, cache: Any = None
@@ -174,7 +174,7 @@ class Objective:
             at_k = [m[:, k : k + 1] for m in modulations]
             return guide(model.denoise(both(z, guidance), at_k, cache), guidance)
 
-        return self.denoise(velocity, eps)
+        return self.integrate(velocity, eps)
 
     @torch.no_grad()
     def rollout(

@@ -116,11 +116,13 @@ def find(name: str, *files: str, download: bool = True) -> Path:
            release first the folder below weights/ that stands for it
     Raises MissingFileError saying what to fetch, from where, and where to put it.
     """
-    home = HOMES.get(name := str(name), "a folder")
-    for path in (Path(home), Path(name).expanduser()):
+    name, path = str(name), Path(name).expanduser()
+    for place in (Path(HOMES.get(name, name)), path):
+        if place.is_file():
+            return place
         for file in files:
-            if path.is_file() or len(found := list(path.glob(file))) == 1:
-                return path if path.is_file() else found[0]
+            if len(found := [*place.glob(file)]) == 1:
+                return found[0]
     exact = [file for file in files if "*" not in file]
     remote = r"https://.+|(?!.*\.(pt|jit|safetensors)$)\w[\w.-]*(/[\w.-]+)+"
     if path.is_dir() or not re.fullmatch(remote, name):
@@ -137,7 +139,8 @@ def find(name: str, *files: str, download: bool = True) -> Path:
     raise MissingFileError(
         f"{place}/{files[0]} is not on this machine and cannot be fetched "
         f"({'no connection' if reason in OFFLINE else reason}); put it, with its config.json, "
-        f"shards or decoder.jit, in {home} here (a licence may need consent), or name its folder"
+        f"shards or decoder.jit, in {HOMES.get(name, 'a folder')} here (a licence may need "
+        "consent), or name its folder"
     )
 
 
@@ -246,9 +249,10 @@ class Network(nn.Module):
     def number(self, key: str, default: float, divides: int = 0) -> int | float:
         """Return a positive number of the config, or the default where it has none."""
         value = self.config.get(key, default)
-        good = type(value) in (int, type(default)) and 0 < value < 1e6
-        if not good or divides % value:
-            raise self.fault(f"{key} is {value!r}" + f", which does not divide {divides}" * good)
+        if type(value) not in (int, type(default)) or not 0 < value < 1e6:
+            raise self.fault(f"{key} is {value!r}")
+        if divides % value:
+            raise self.fault(f"{key} is {value!r}, which does not divide {divides}")
         return value
 
     def linear(self, x: Tensor, name: str) -> Tensor:
@@ -684,7 +688,8 @@ def load(cls: type, name: str) -> Network:
             raise InputError(f"{path}: weight_map holds more than names of files; fetch it again")
     for shard in shards:
         state |= read_tensors(beside(path, name, shard), cls.keep)
-    if cls.needs_config[not Path(name).expanduser().exists()]:
+    here, hub = cls.needs_config
+    if here if Path(name).expanduser().exists() else hub:
         config = beside(path, name, "config.json")
     return cls(path, state, read_json(config, "vision_config") if config.is_file() else {})
 

@@ -964,7 +964,7 @@ class Evaluation:
         """Read the frames (1, [V,] T, H, W, 3) of a clip, or those at some places in it."""
         episode, times = data.Episode(info["path"]), info["times"][places]
         x = data.to_floats(episode.frames(times, self.config.views, self.config.image_size))
-        return (x[None] if len(x) > 1 else x).to(self.device)
+        return (x[None] if len(x) > 1 else x).to(self.device)  # of one view, V serves as the 1
 
     def batches(self, label: str) -> Iterator[tuple[Sequence, Tensor, Tensor, Tensor]]:
         """Yield this process's batches: clips, their frames, actions and another clip's actions."""
@@ -1300,8 +1300,9 @@ class Evaluation:
         for i in self.out.share(self.windows, "counterfactual"):
             frames, beside = self.filmed(self.infos[i]), self.actions[i].repeat(6, 1, 1)
             beside[:, n:] = beside[:, n - 1 : n]
-            beside[:, n - 1 :, :6] = 1.575 * torch.eye(6)[[0, 0, 1, 1, 2, 2], None].to(beside)
-            beside[1::2, n - 1 :, :6] *= -1  # 45 mm a step
+            way = torch.eye(6)[[0, 0, 1, 1, 2, 2], None].to(beside)
+            beside[:, n - 1 :, :6] = 1.575 * way  # 45 mm a step
+            beside[1::2, n - 1 :, :6] *= -1
             true = [self.act_in(self.simulator(i, n - 1), a[n - 1 : -1]) for a in beside]
             true, known = torch.stack(true), frames[..., n - 1 : n, :, :, :]
             z = self.space.encode(frames).expand(6, -1, -1, -1, -1)

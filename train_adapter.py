@@ -52,7 +52,7 @@ COLUMNS = (
 FIXED = (  # what resuming may not change
     "subset_names image_size num_frames stride num_views encoder_type pixel_patch adapter "
     "use_pixel_decoder decoder_channels decoder_multipliers decoder_blocks decoder_attention "
-    "decoder_groups stage gan_weight seed"
+    "decoder_groups stage gan_weight seed subset_weights"
 ).split()
 
 
@@ -61,6 +61,7 @@ class Args:
     # -- data
     dataset_dir: str = "./data"  # folder that `data.py --output_dir` wrote
     subset_names: str = "bridge_v2"  # data sets to mix, comma-separated
+    subset_weights: str = ""  # their shares of an epoch, e.g. "3,1" (default: by size)
     image_size: int = 256  # side of the frames in pixels
     num_frames: int = 10  # frames of a clip
     stride: int = 2  # raw frames between two of them

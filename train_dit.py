@@ -42,7 +42,7 @@ COLUMNS = (
 FIXED = (  # what resuming may not change
     "subset_names image_size num_frames num_history stride variable_history action_merge num_views "
     "encoder_type pixel_patch adapter_type dit_size dit_patch wide_head temporal_mode view_rope "
-    "objective standardize freeze seed"
+    "objective standardize freeze seed subset_weights"
 ).split()
 BANDWIDTHS = {"B200": 8, "H200": 4.8, "H100": 3.35, "A100": 2.04, "L40S": 0.86, "RTX 4090": 1.01}
 # GFLOP per 256x256 frame, 2 per multiply-add, of the encoders in the paper's table 4.
@@ -56,6 +56,7 @@ class Args:
     # -- data
     dataset_dir: str = "./data"  # folder that `data.py --output_dir` wrote
     subset_names: str = "bridge_v2"  # data sets to mix, comma-separated
+    subset_weights: str = ""  # their shares of an epoch, e.g. "3,1" (default: by size)
     image_size: int = 256  # side of the frames in pixels
     num_frames: int = 10  # frames of a clip, history included
     num_history: int = 2  # given frames; the others are predicted

@@ -413,6 +413,12 @@ def test_an_exception_of_one_process_ends_all_with_its_error_on_screen(episodes,
     assert "RuntimeError: a bad shard" in log.read_text() and time.monotonic() - began < 60
 
 
+def test_shares_of_data_sets_are_those_of_the_flag():
+    args = train_dit.Args(subset_names="a,b", subset_weights="3,1")
+    alone = Processes(0, 1, torch.device("cpu"))
+    assert data.choose_clips(args, alone).weights == [3.0, 1.0]
+
+
 def test_an_error_does_not_wait_for_loader_processes(episodes, tmp_path):
     folder = shutil.copytree(episodes, tmp_path / "data")
     (path,) = folder.glob("*/train/*5.safetensors")  # only they read it
