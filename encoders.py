@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ HOMES = {name: f"weights/{kind}/decoder" for kind, name in DECODERS.items()}
 HOMES |= {name: f"weights/{kind}" for kind, name in (*STATISTICS.items(), *RELEASES.items())}
 TRANSFORMERS = ("model.safetensors", "model.safetensors.index.json")
 CONTAINERS = ("ema_encoder", "target_encoder", "state_dict")  # what may hold the tensors of a .pt
-OFFLINE = ("LocalEntryNotFoundError", "URLError")  # what a download ends with
+OFFLINE = ("LocalEntryNotFoundError", "URLError", "ConnectionError", "OfflineModeIsEnabled")
 REMEDY = f"name a file of tensors, at its top level or in {', '.join(CONTAINERS)}"
 WRAPPERS = r"((module|_orig_mod|backbone|model|visual|vision_model)\.)*"  # before a tensor's name
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of a network's input
@@ -97,10 +98,15 @@ class EncoderConfig:
 def fetch(name: str, file: str, cached: bool) -> Path:
     """Return a file of a hub id (org/name/folder) or https folder: the cached one, or download."""
     if "://" not in name:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
         org, repo, *folders = name.split("/")
         file = "/".join([*folders, file])
+        if not cached:  # without a connection a download would be tried for half a minute
+            try:
+                get_hf_file_metadata(hf_hub_url(f"{org}/{repo}", file), timeout=10)
+            except Exception as error:  # of an HTTP library that changes from release to release
+                raise error if isinstance(error, OSError) else URLError(error) from error
         return Path(hf_hub_download(f"{org}/{repo}", file, local_files_only=cached))
     path = Path(torch.hub.get_dir(), "checkpoints", file)
     if not cached:

@@ -392,6 +392,7 @@ def offline(monkeypatch, tmp_path):
         raise urllib.error.URLError("no network in tests")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", fail)
     monkeypatch.setattr("torch.hub.download_url_to_file", fail)
 
 
@@ -1161,6 +1162,21 @@ def test_a_decoder_in_its_folder_does_not_hide_the_encoder_elsewhere(
     assert create_autoencoder(EncoderConfig("rae", image_size=56)).latent_dim == 48
 
 
+def test_without_a_connection_no_download_is_begun(offline, monkeypatch):
+    class ConnectError(Exception):
+        """What HTTP libraries raise is no OSError."""
+
+    def ask(url, timeout):
+        asked.append(url)
+        raise ConnectError
+
+    asked = []
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", ask)
+    with pytest.raises(MissingFileError, match="no connection"):
+        create_autoencoder(EncoderConfig("rae"))
+    assert len(asked) == 1 and asked[0].endswith("base/resolve/main/model.safetensors")
+
+
 def test_a_download_is_asked_for_by_its_exact_name(monkeypatch, tmp_path):
     sd3(tmp_path / "vae")
     asked = []
@@ -1173,6 +1189,7 @@ def test_a_download_is_asked_for_by_its_exact_name(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, timeout: url)
     create_autoencoder(EncoderConfig("vae"))
     repo = "stabilityai/stable-diffusion-3-medium-diffusers"
     assert (repo, "vae/diffusion_pytorch_model.safetensors", False) in asked
