@@ -199,7 +199,7 @@ def load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor], where
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        faults = "; ".join(line.strip()[:300] for line in str(error).splitlines()[1:5])
+        faults = "; ".join(line.strip()[:160] for line in str(error).splitlines()[1:4])
         raise InputError(
             f"{where}: tensors do not fit {type(module).__name__}: {faults}; "
             "choose the file or the options that belong together"
