@@ -5,7 +5,8 @@
 
 Shapes: T frames, h w latent grid, D feature width, C compact width, N frames folded.
     z  (..., h, w, D)      u  (..., h, w, C)      frames  (..., H, W, 3) in [0, 1]
-The h w tokens of one frame are one attention sequence; leading axes may be any.
+The h w tokens of one frame are one attention sequence; leading axes may be any. What is u here is
+the world model's z.
 
 Sources: arXiv 2605.06388 (S-VAE, sizes, checkpoint layout); He et al. 2022, arXiv 2111.06377
 (ViT-MAE block); Rombach et al. 2022, arXiv 2112.10752 (convolutional decoder).

@@ -253,7 +253,7 @@ class Processes(NamedTuple):
         return parts
 
     def any(self, mine: bool) -> bool:
-        """Whether it is so in any process; the device is not waited for."""
+        """Tell whether it is so in any process; the device is not waited for."""
         votes = torch.tensor(float(mine))
         if self.world > 1:
             torch.distributed.all_reduce(votes, group=self.patient)
@@ -1530,14 +1530,14 @@ class EpisodeDataset(torch.utils.data.Dataset):
 
     dataset[i]        clip of the i-th kept episode, starting where (seed, 0, i) says
     dataset[draw, i]  the same episode at another start; ClipSampler counts `draw` up every epoch
-    latents           fingerprint of the latent cache to serve instead of frames
+    fingerprint       of the latent cache to serve instead of frames
 
     Opening reads the index only; an item opens its own file and reads its own frames' bytes.
     Raises InputError where a data set, a usable episode or a complete cache is missing.
     """
 
-    def __init__(self, config: DataConfig, split: str, latents: str | None = None):
-        self.config, self.split, self.latents = config, split, latents
+    def __init__(self, config: DataConfig, split: str, fingerprint: str | None = None):
+        self.config, self.split, self.fingerprint = config, split, fingerprint
         span = (config.num_frames - 1) * (config.stride if config.sampling == "stride" else 1)
         self.dropped, self.sizes = {"missing view": 0, "too short": 0}, []
         self.entries, headers = [], []
@@ -1557,7 +1557,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
                     f"{folder}: no usable episode in split {split!r} (dropped: {self.dropped}); "
                     "convert more, shorten the clips or take other views"
                 )
-            if latents is not None:
+            if fingerprint is not None:
                 target = self.latent_folder(folder / split)
                 cached = {*os.listdir(target)} if target.is_dir() else set()
                 if lost := sum(f"{e['number']:09d}.safetensors" not in cached for _, e in kept):
@@ -1595,7 +1595,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         episode, times = Episode(info["path"]), info["times"]
         if len(episode) != info["length"]:
             raise InputError(f"{episode.path}: {len(episode)} frames, not as indexed; {REMEDY}")
-        if self.latents is None:
+        if self.fingerprint is None:
             frames = to_floats(episode.frames(times, config.views, config.image_size))
         else:
             frames = self.read_latents(episode, times)
@@ -1604,7 +1604,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
 
     def latent_folder(self, folder: Path) -> Path:
         """Name the cache of a split's folder for this fingerprint, frame size and these cameras."""
-        key = json.dumps([self.latents, self.config.image_size, self.config.views])
+        key = json.dumps([self.fingerprint, self.config.image_size, self.config.views])
         return folder / f"latents_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def read_latents(self, episode: Episode, times: np.ndarray) -> torch.Tensor:
@@ -1613,23 +1613,27 @@ class EpisodeDataset(torch.utils.data.Dataset):
         with open_tensors(self.latent_folder(path.parent) / path.name) as (file, metadata):
             rows = file.get_slice("z")
             found = rows.get_dtype(), len(rows.get_shape()), rows.get_shape()[:2], metadata
-            made_of = {"fingerprint": self.latents, "jpeg_bytes": int(episode.offsets[-1])}
+            made_of = {"fingerprint": self.fingerprint, "jpeg_bytes": int(episode.offsets[-1])}
             if found != ("BF16", 5, shape, made_of):
                 raise ValueError(f"stale latents, {found}, not {made_of}")
             return torch.cat([rows[:, t : t + 1] for t in times.tolist()], dim=1).float()
 
 
 def write_latent_cache(
-    config: DataConfig, split: str, latents: str, encode: Callable, shard: tuple[int, int] = (0, 1)
+    config: DataConfig,
+    split: str,
+    fingerprint: str,
+    encode: Callable,
+    shard: tuple[int, int] = (0, 1),
 ) -> None:
     """Encode every frame of the config's data sets once; a killed run continues where it was.
 
-    latents  fingerprint of everything that shapes a latent: encoder, its weights, adapter
-    encode   (1, T, H, W, 3) in [0, 1] -> (1, T, h, w, C), called with at most 32 frames
+    fingerprint  of everything that shapes a latent: encoder, its weights, adapter
+    encode       (1, T, H, W, 3) in [0, 1] -> (1, T, h, w, C), called with at most 32 frames
     shard    (rank, world): this process encodes its part of the episodes
     """
     every = EpisodeDataset(dataclasses.replace(config, num_frames=1, num_history=0), split)
-    every.latents, quiet = latents, shard[0] > 0 or None
+    every.fingerprint, quiet = fingerprint, shard[0] > 0 or None
     for i in tqdm(range(shard[0], len(every), shard[1]), f"cache {split}", disable=quiet):
         source = every.info(i)["path"]
         path = every.latent_folder(source.parent) / source.name
@@ -1640,7 +1644,7 @@ def write_latent_cache(
                 frames = to_floats(episode.frames(times, [view], config.image_size))
                 z.append(encode(frames)[0].bfloat16().cpu())
             z = torch.cat(z).unflatten(0, (len(config.views), len(episode)))
-            made_of = {"fingerprint": latents, "jpeg_bytes": int(episode.offsets[-1])}
+            made_of = {"fingerprint": fingerprint, "jpeg_bytes": int(episode.offsets[-1])}
             save_tensors(path, {"z": z}, made_of)
 
 
@@ -1703,7 +1707,7 @@ PEAKS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio per frame in dB; (..., H, W, 3) in [0, 1] -> (...)."""
+    """Compute the peak signal-to-noise ratio in dB; (..., H, W, 3) in [0, 1] -> (...)."""
     return -10 * (a - b).square().mean((-3, -2, -1)).clamp_min(1e-10).log10()
 
 
@@ -1751,12 +1755,12 @@ def choose_clips(args: Any, proc: Processes, **others: Any) -> DataConfig:
 
 
 def fill_cache(
-    config: DataConfig, proc: Processes, latents: str, encode: Callable, stride: int
+    config: DataConfig, proc: Processes, fingerprint: str, encode: Callable, stride: int
 ) -> None:
     """Have all processes write the latent cache of the training clips; stride frames a latent."""
     if stride > 1:
         raise InputError("cache_latents: these features depend on the clip; leave the flag out")
-    write_latent_cache(config, "train", latents, encode, (proc.rank, proc.world))
+    write_latent_cache(config, "train", fingerprint, encode, (proc.rank, proc.world))
     proc.meet()
 
 
@@ -1962,10 +1966,10 @@ class Run:
             self.rotate = True
 
         self.alone(write_atomic, last, write)
-        self.alone(self.draw)
+        self.alone(self.plot_loss)
 
     def due(self, every: int) -> bool:
-        """Whether it is time for what happens every so many steps, and at the end."""
+        """Tell whether it is time for what happens every so many steps, and at the end."""
         return self.step >= self.last_step or (self.step > 0 and self.step % every == 0)
 
     def update(self, *norms: torch.Tensor) -> None:
@@ -2036,7 +2040,7 @@ class Run:
                 f"lower --lr and --resume {self.folder}"
             )
 
-    def draw(self) -> None:
+    def plot_loss(self) -> None:
         """Draw the loss over the steps, on a logarithmic axis, as loss.png."""
         rows = [line.split(",")[:2] for line in self.log.read_text().splitlines()[1:]]
         points = [(int(s), math.log10(float(v))) for s, v in rows if v and 0 < float(v) < math.inf]

@@ -41,10 +41,18 @@ from tqdm import tqdm
 import data
 from adapter import most_heads
 from data import InputError
-from diffusion import OBJECTIVES, time_shift
+from diffusion import OBJECTIVES
 from dit import load_dit, merge_views
 from encoders import EncoderConfig
-from world_model import PLANNERS, SEARCHED, WorldModel, build_latent_space, candidate_cost, dream
+from world_model import (
+    PLANNERS,
+    SEARCHED,
+    WorldModel,
+    build_latent_space,
+    candidate_cost,
+    default_shift,
+    dream,
+)
 
 Device = str | torch.device
 DISTANCES = ("fid", "fid_tv", "fvd", "fvd_r3d")
@@ -159,7 +167,7 @@ class Unavailable(InputError):
 
 
 def correlation(samples: np.ndarray) -> np.ndarray:
-    """Pearson r and R^2 = 1 - sum (x - y)^2 / sum (y - mean y)^2 of each dimension: (2, D).
+    """Compute Pearson r and R^2 = 1 - sum (x - y)^2 / sum (y - mean y)^2 of each dimension: (2, D).
 
     samples  (N, n, 2, D)   n windows a clip: x read, y true; NaN where all y are equal
     """
@@ -171,13 +179,13 @@ def correlation(samples: np.ndarray) -> np.ndarray:
 
 
 def balanced_accuracy(samples: np.ndarray) -> float:
-    """Mean recall of the two classes; samples (N, 2): label, score above zero for a success."""
+    """Average the recall of the two classes; samples (N, 2): label, score (success above 0)."""
     label, called = samples[:, 0] > 0.5, samples[:, 1] > 0
     return (called[label].mean() + (~called[~label]).mean()) / 2
 
 
 def auc(samples: np.ndarray) -> float:
-    """How often a success outscores a failure, ties counting half: the area under the ROC."""
+    """Count how often a success outscores a failure, ties half: the area under the ROC."""
     label, score = samples[:, 0] > 0.5, samples[:, 1]
     return (np.sign(score[label, None] - score[~label]) / 2 + 0.5).mean()
 
@@ -229,12 +237,12 @@ def borda(values: np.ndarray, higher: Sequence[bool]) -> np.ndarray:
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio 10 log10(1 / MSE) in dB, at most 100."""
+    """Compute the peak signal-to-noise ratio 10 log10(1 / MSE) in dB, at most 100."""
     return data.psnr(x.double(), y.double())
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Structural similarity as scikit-image's default: 7x7 box, sample covariance, RGB mean.
+    """Compute SSIM as scikit-image does by default: 7x7 box, sample covariance, RGB mean.
 
     (2 mx my + C1)(2 sxy + C2) / ((mx^2 + my^2 + C1)(sx^2 + sy^2 + C2))  [Wang et al. 2004, eq. 13]
     """
@@ -576,7 +584,7 @@ class Probe(nn.Module):
         return self(z, text)[:, -1] if self.kind == "progress" else self(z, text).mean(1)
 
     def loss(self, z: Tensor, y: Tensor, text: Tensor | None = None) -> Tensor:
-        """Smooth L1 of actions; cross-entropy of success; `progress`: t / T, of a failure 0."""
+        """Take smooth L1 of actions, cross-entropy of success; `progress`: t / T or, failed, 0."""
         if self.kind == "idm":
             return F.smooth_l1_loss(self(z), y)
         if self.kind == "progress":
@@ -885,7 +893,7 @@ def open_model(args: Args, device: Device) -> WorldModel:
             raise Unavailable(f"{args.model_preset}: {path} does not exist", url, path)
     space = build_latent_space(EncoderConfig(kind, args.encoder_weights), *map(str, paths[1:]))
     print(f"{paths[0]}: names no objective; taken as {args.objective} (choose with --objective)")
-    shift = 1.0 if kind == "vae" else time_shift(256, space.latent_dim)
+    shift = default_shift(kind, 256, space.latent_dim)
     parts = load_dit(paths[0], max_frames=10), OBJECTIVES[args.objective](shift=shift), space
     return WorldModel((*parts, RELEASED), device)
 
@@ -987,14 +995,14 @@ class Evaluation:
             raise InputError(f"clips {[*seeds]}: the model dreams NaN or infinity; it has diverged")
         return out
 
-    def native(self, frames: Tensor) -> Tensor:
+    def real_features(self, frames: Tensor) -> Tensor:
         """Give the encoder's features of real frames: (B, [V,] T, H, W, 3) -> (B, T, h, V w, C)."""
         x = self.space.encoder.encode(frames)
         return merge_views(x) if self.space.num_views > 1 else x
 
-    def widen(self, z: Tensor) -> Tensor:
+    def dreamed_features(self, z: Tensor) -> Tensor:
         """Give the encoder's features that dreamed latents stand for: (B, T, h, V w, C)."""
-        x = self.space.unfinish(z)
+        x = self.space.unscale(z)
         x = self.space.adapter.decode(x).float() if self.space.adapter else x
         return merge_views(x) if self.space.num_views > 1 else x
 
@@ -1119,9 +1127,9 @@ class Evaluation:
         for k in self.horizons:
             net, starts = self.fit_idm(k, *bank), range(n - 1, self.config.num_frames - k, k)
             for clips, real, actions, _ in self.batches(f"idm k={k}"):
-                dreamed = self.widen(self.dream(self.space.encode(real), actions, clips))
+                dreamed = self.dreamed_features(self.dream(self.space.encode(real), actions, clips))
                 true = torch.cat([actions[:, s : s + k, :6] for s in starts], 1)
-                for kind, z in (("model", dreamed), ("real", self.native(real))):
+                for kind, z in (("model", dreamed), ("real", self.real_features(real))):
                     z = z.flatten(2, 3)
                     read = torch.cat([net(z[:, s : s + k + 1])[..., :6] for s in starts], 1)
                     pairs = zip(clips, torch.stack([read, true], 2), strict=True)
@@ -1138,14 +1146,14 @@ class Evaluation:
         held      (N,)               of every tenth episode, which chooses the weights
         cut       whether more clips were wanted
         """
-        shape = self.native(self.filmed(clips.info(0))).flatten(2, 3).shape[1:]
+        shape = self.real_features(self.filmed(clips.info(0))).flatten(2, 3).shape[1:]
         most = math.ceil(8 * self.args.max_steps / (shape[0] - max(self.horizons)))
         count = max(2, min(most, BANK // (2 * math.prod(shape))))
         keys = data.ClipSampler(clips, count).batch(0)
         bank, actions = torch.empty(count, *shape, dtype=torch.half), []
         for j in tqdm(range(count), "training clips", disable=None, leave=False):
             info = clips.info(keys[j])
-            bank[j] = self.native(self.filmed(info)).flatten(2, 3)[0]
+            bank[j] = self.real_features(self.filmed(info)).flatten(2, 3)[0]
             actions.append(self.recorded(info)[..., :7])
         _, episode = np.unique([i for _, i in keys], return_inverse=True)
         return bank, torch.cat(actions), episode % 10 == 0, count < most
@@ -1205,7 +1213,7 @@ class Evaluation:
         args, infos, x, probes = self.args, self.labelled("train", 2000), [], {}
         infos.sort(key=lambda info: info["success"])  # so that both parts have both classes
         for info in tqdm(infos, "features", disable=None, leave=False):
-            x.append(self.pooled(self.native(self.filmed(info, info["seen"]))).half())
+            x.append(self.pooled(self.real_features(self.filmed(info, info["seen"]))).half())
         x, held = torch.cat(x), np.arange(len(x)) % 5 == 0
         y = torch.tensor([float(info["success"]) for info in infos], device=self.device)
         words = np.array([info["language"] for info in infos])
@@ -1232,8 +1240,8 @@ class Evaluation:
         for i, info in self.out.share([*enumerate(infos)], label):
             z = self.space.encode(self.filmed(info, slice(self.n)))
             z = self.dream(z, self.recorded(info), [i])[:, info["seen"]]
-            real = self.native(self.filmed(info, info["seen"]))
-            features = {"model": self.widen(z), "real": real}
+            real = self.real_features(self.filmed(info, info["seen"]))
+            features = {"model": self.dreamed_features(z), "real": real}
             for kind, source in itertools.product(self.probes, features):
                 score = self.judge(kind, features[source], info["language"])[0].item()
                 for statistic in ("accuracy", "balanced_accuracy", "auc"):
@@ -1260,7 +1268,7 @@ class Evaluation:
             act = functools.partial(policy, sentence=info["language"])
             frames, _ = self.model.rollout_policy(act, known, args.policy_steps, random)
             seen = data.probe_frames(frames.shape[-4], 8, "uniform", 1)
-            features = self.native(frames[..., seen, :, :, :])
+            features = self.real_features(frames[..., seen, :, :, :])
             won[i] = (self.judge(best, features, info["language"]) > 0).double()
         row = self.out.rows()["success_rate"]
         error = (row["value"] * (1 - row["value"]) / len(infos) / args.policy_trials) ** 0.5

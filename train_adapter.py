@@ -47,7 +47,7 @@ VGG = "https://download.pytorch.org/models/vgg16-397923af.pth"
 COLUMNS = (
     "step loss mse cosine spectral kl pixel lpips ms_ssim gan critic grad_adapter grad_decoder lr "
     "clips_per_s ms_per_step mfu minutes_left memory_gb skipped val_mse val_cosine val_psnr "
-    "val_ssim pca_cosine pca_psnr"
+    "val_gauss_ssim pca_cosine pca_psnr"
 ).split()
 FIXED = (  # what resuming may not change
     "subset_names image_size num_frames stride num_views encoder_type pixel_patch adapter "
@@ -344,7 +344,10 @@ def validate(
         values["val_cosine"] = F.cosine_similarity(z_rec, z, dim=-1)
         values["pca_cosine"] = F.cosine_similarity(z_pca, z, dim=-1)
         if painted is not None:
-            values |= {"val_psnr": psnr(painted, frames), "val_ssim": ms_ssim(painted, frames, 1)}
+            values |= {
+                "val_psnr": psnr(painted, frames),
+                "val_gauss_ssim": ms_ssim(painted, frames, 1),
+            }
         if encoder.has_decoder:
             values["pca_psnr"] = psnr(encoder.decode(z_pca), frames)
         for name, value in values.items():

@@ -30,10 +30,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from data import Clip, EpisodeDataset, InputError, Processes, Run, begin, choose_clips, psnr, wrap
-from diffusion import OBJECTIVES, draw, time_shift
+from diffusion import OBJECTIVES, draw
 from dit import DIT_SIZES, DiT, DiTConfig, load_dit
 from encoders import ROWS, EncoderConfig
-from world_model import LatentSpace, Model, build_latent_space, dream, save_world_model
+from world_model import (
+    LatentSpace,
+    Model,
+    build_latent_space,
+    default_shift,
+    dream,
+    save_world_model,
+)
 
 COLUMNS = (
     "step loss grad_norm lr clips_per_s ms_per_step mfu minutes_left memory_gb skipped psnr_model "
@@ -175,7 +182,7 @@ def latent_scale(space: LatentSpace, dataset: EpisodeDataset, args: Args) -> tup
                 return file.get_tensor("latent.mean"), file.get_tensor("latent.std")
     for x in spread_clips(dataset, 128).frames.split(1):
         x = x[0].to(device)
-        z = (x if dataset.latents else space.features(x[None])).flatten(0, -2).double()
+        z = (x if dataset.fingerprint else space.features(x[None])).flatten(0, -2).double()
         total = total + torch.stack((torch.ones_like(z[0]) * len(z), z.sum(0), z.square().sum(0)))
     mean = total[1] / total[0]
     std = (total[2] / total[0] - mean**2).clamp_min(0).sqrt()
@@ -344,12 +351,12 @@ def main() -> None:
 
     # 3. Data: latents from the cache, or frames that the loop encodes.
     config = choose_clips(args, proc)
-    latents = space.fingerprint if args.cache_latents or args.cache_only else None
-    if latents:
-        data.fill_cache(config, proc, latents, space.features, space.temporal_stride)
+    cached = space.fingerprint if args.cache_latents or args.cache_only else None
+    if cached:
+        data.fill_cache(config, proc, cached, space.features, space.temporal_stride)
         if args.cache_only:
             return
-    train_set = EpisodeDataset(config, "train", latents)
+    train_set = EpisodeDataset(config, "train", cached)
     shown = replace(config, variable_history=False)
     clips = spread_clips(EpisodeDataset(shown, "test"), args.val_clips)
     train_clips = spread_clips(EpisodeDataset(shown, "train"), 4)
@@ -366,7 +373,7 @@ def main() -> None:
     frozen = freeze(dit, args.freeze)
     tokens = z.shape[2] * z.shape[3] // args.num_views // shape.patch_size**2
     if (shift := args.shift) is None:
-        shift = 1.0 if args.encoder_type == "vae" else time_shift(tokens, space.latent_dim)
+        shift = default_shift(args.encoder_type, tokens, space.latent_dim)
     options = {"time_dist": args.time_dist} if args.objective == "flow_matching" else {}
     objective = OBJECTIVES[args.objective](shift=shift, **options)
     history = args.num_history // space.temporal_stride
@@ -423,7 +430,7 @@ def main() -> None:
         optimizer.param_groups[0] |= {"lr": lr, "weight_decay": args.weight_decay}
         for batch, draws in run.micro_steps(net, batches):
             x, actions = (x.to(proc.device, non_blocking=True) for x in batch)
-            z = space.finish(x) if latents else space.encode(x)
+            z = space.scale(x) if cached else space.encode(x)
             drop = draw(torch.rand, (len(z),), z, **draws) < args.action_dropout
             velocity, actions = functools.partial(net, drop=drop), space.group_actions(actions)
             with autocast:

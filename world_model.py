@@ -29,7 +29,7 @@ from torch import Generator, Tensor, nn
 import data as files
 from adapter import Adapter, PixelDecoder, load_adapter, pack
 from data import InputError
-from diffusion import Objective, draw, objective_from
+from diffusion import Objective, draw, objective_from, time_shift
 from dit import ContextCache, DiT, load_dit, merge_views, split_views
 from encoders import BaseAutoencoder, EncoderConfig, create_autoencoder
 
@@ -65,23 +65,23 @@ class LatentSpace(nn.Module):
         z = self.encoder.encode(frames)
         return self.adapter.encode(z).float() if self.adapter else z
 
-    def finish(self, features: Tensor) -> Tensor:
+    def scale(self, features: Tensor) -> Tensor:
         """Turn `features`, fresh or cached, into z: (B, [V,] T', h, w, C) -> (B, T', h, V w, C)."""
         z = features if self.mean is None else (features - self.mean) / self.std
         return merge_views(z) if self.num_views > 1 else z
 
-    def unfinish(self, z: Tensor) -> Tensor:
-        """Undo `finish`: (B, T', h, V w, C) -> (B, [V,] T', h, w, C)."""
+    def unscale(self, z: Tensor) -> Tensor:
+        """Undo `scale`: (B, T', h, V w, C) -> (B, [V,] T', h, w, C)."""
         z = split_views(z, self.num_views) if self.num_views > 1 else z
         return z if self.mean is None else z * self.std + self.mean
 
     def encode(self, frames: Tensor) -> Tensor:
         """Encode clips: (B, [V,] T, H, W, 3) -> (B, T', h, V w, C), float32."""
-        return self.finish(self.features(frames))
+        return self.scale(self.features(frames))
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode latents: (B, T', h, V w, C) -> (B, [V,] T, H, W, 3), float32 in [0, 1]."""
-        z = self.unfinish(z)
+        z = self.unscale(z)
         if self.pixel_decoder:
             return self.pixel_decoder(z).float().clamp(0, 1)
         return self.encoder.decode(self.adapter.decode(z) if self.adapter else z)
@@ -124,6 +124,11 @@ def dream(model: Model, z: Tensor, actions: Tensor, n: int, seeds: Iterable[int]
     draws = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     noise = torch.stack([torch.randn(shape, generator=g) for g in draws]).to(z.device)
     return objective.rollout(dit, z[:, :n], beside, shape[0], noise=noise)
+
+
+def default_shift(encoder_type: str, tokens: int, channels: int) -> float:
+    """Give the time shift for latents of so many tokens a frame; none for `vae`  [2605.06388]."""
+    return 1.0 if encoder_type == "vae" else time_shift(tokens, channels)
 
 
 # -- Planning: entries `dims` of `start` (k, A) are searched in [-LIMIT, LIMIT], the others stay.

@@ -532,7 +532,7 @@ def test_actions_are_dropped_as_often_as_the_flag_says(episodes, tmp_path, monke
 
 def test_a_channel_without_spread_is_scaled_by_a_thousandth_of_the_largest():
     class Cached(list):
-        latents = "fingerprint"
+        fingerprint = "of a cache"
 
     z = torch.tensor([2.0, 3.0]) + torch.tensor([7.0, 0.0]) * torch.randn(4, 50, 2, 2, 2)
     clips = Cached(Clip(clip, torch.zeros(50, 10)) for clip in z)
