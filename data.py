@@ -38,6 +38,7 @@ import textwrap
 import threading
 import time
 import urllib.request
+import weakref
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,8 +60,8 @@ from tqdm import tqdm
 # --- Errors, files, processes, pictures: everyone may import this section.
 
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EFBIG)
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # damaged text
 
 
@@ -79,7 +80,7 @@ def run_cli(main: Callable[[], None]) -> None:
     except (InputError, OSError) as error:
         code = getattr(error, "errno", None)
         remedy = "; free space, run again" if code in DISK_FULL else ""
-        remedy = "; choose another place" if code in NO_PLACE else remedy
+        remedy = "; mend its permissions or name another place" if code in NO_PLACE else remedy
         if not (remedy or isinstance(error, InputError)):
             raise
         print(f"error: {error}{remedy}", file=sys.stderr)
@@ -115,7 +116,7 @@ def parse_args(cls: type, toy: Any = None, default: Any = None) -> Any:
 
     words = [{"true": "True", "false": "False"}.get(word, word) for word in sys.argv[1:]]
     if toy is not None and words[:1] == ["toy"]:
-        words, default = words[1:], toy
+        words, default = words[1:], default or toy  # of a run that is resumed, its own
     if {"-h", "--help"} & {*words}:
         about = getdoc(cls)  # of a dataclass without its own: its signature
         print(about if about.endswith(".") else getdoc(sys.modules[cls.__module__]))
@@ -724,6 +725,7 @@ def read_own(path: Path) -> Iterator[Any]:
                 with reading(about, "mend or remove it", *DAMAGED):
                     said = json.loads(about.read_bytes())
                     found = {key: said[key] for key in known & said.keys()}
+        found = {key: value for key, value in found.items() if value is not None}
         if isinstance(text := found.get("language", ""), bytes):
             found["language"] = text = text.decode(errors="replace")
         fps, success = found.get("fps", 1), found.get("success")
@@ -1279,6 +1281,10 @@ def list_own(root: Path, records: list[dict]) -> list[Shard]:
     free = itertools.filterfalse({*numbers.values()}.__contains__, itertools.count())
     shards = []
     for path in sorted(path.relative_to(root) for path in paths):
+        if any(
+            part.startswith(".") for part in path.parts
+        ):  # copies of notebooks and file managers
+            continue
         number = numbers[str(path)] if str(path) in numbers else next(free)
         shards.append(Shard(str(path), TARGETS.get((*path.parts, "")[0], ""), number, 1))
     return shards
@@ -1454,6 +1460,8 @@ class DataConfig:
             self.weights = [float(w) for w in self.subset_weights.split(",") if w.strip()]
         except ValueError:
             self.weights = [0.0]
+        if self.weights and len(self.weights) != len(self.subset_names.split(",")):
+            raise InputError("subset_weights: give one number per data set")
         if self.seed < 0 or not all(0 < weight < math.inf for weight in self.weights):
             raise InputError("seed must be >= 0, subset_weights positive numbers, comma-separated")
 
@@ -1649,7 +1657,7 @@ def write_latent_cache(
 
 
 class ClipSampler(torch.utils.data.Sampler):
-    """Yield batches of keys for ever: a DataLoader's `batch_sampler`, sharded and resumable.
+    """Yield batches of keys for ever: a DataLoader's `sampler` of whole batches, resumable.
 
     The keys form one endless sequence given by the config's seed: epoch after epoch, each freshly
     shuffled and as long as the data sets together; `subset_weights` set each one's share. Global
@@ -1670,8 +1678,6 @@ class ClipSampler(torch.utils.data.Sampler):
         self.sizes, self.seed, self.start = dataset.sizes, dataset.config.seed, start
         self.batch_size, self.rank, self.world = batch_size, rank, world
         weights = dataset.config.weights or self.sizes
-        if len(weights) != len(self.sizes):
-            raise InputError("subset_weights: give one number per data set")
         share = np.array(weights) / sum(weights)
         self.counts = np.maximum(1, np.rint(share * sum(self.sizes))).astype(np.int64).tolist()
         self.epoch_length = sum(self.counts)  # clips, over all processes
@@ -1731,6 +1737,15 @@ def read_args(cls: type, toy: Any, fixed: Sequence[str]) -> tuple[Any, list[str]
                     "change; leave the flag out or start a new run"
                 )
     return new, changes
+
+
+def check_flags(args: Any, counts: str) -> None:
+    """Refuse counts (names in one text) below 1, other numbers that are negative or not finite."""
+    for name, value in vars(args).items():
+        if name in counts.split() and value is not None and value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
+        if type(value) in (int, float) and not 0 <= value < math.inf:
+            raise InputError(f"{name} is {value}; give a number that is at least 0")
 
 
 def begin(cls: type, toy: Any, fixed: Sequence[str]) -> tuple[Any, Processes]:
@@ -1837,11 +1852,13 @@ class Run:
             raise InputError(f"{folder}: holds a run; --resume {folder} or take another folder")
         if proc.rank == 0:
             write_atomic(folder / "config.json", json.dumps(self.config, indent=1).encode())
-            old = self.log.read_text().splitlines(True)[1:] if self.log.exists() else []
+            for path in folder.glob(".*.tmp"):  # of a run that was killed
+                path.unlink()
+            old = self.log.read_text(errors="replace") if self.log.exists() else ""
             lines = [",".join(columns) + "\n"]
-            for line in (line for line in old if line[-1] == "\n"):
+            for line in re.findall(r"^\d+,.*,.*\n", old, re.MULTILINE):  # whole ones
                 step, loss = line.split(",", 2)[:2]
-                again = not loss and int(step) == self.step and self.step % args.val_every == 0
+                again = not loss and int(step) == self.step and self.due(args.val_every)
                 if int(step) <= self.step and not again:  # that validation is done once more
                     lines.append(line)
             write_atomic(self.log, "".join(lines).encode())
@@ -1867,7 +1884,8 @@ class Run:
         for path in (self.folder / "last.pt", self.folder / "previous.pt"):
             try:
                 self.state = load_torch(path)
-                if lacking := {"episodes", "random", "fixed", *self.parts}.difference(self.state):
+                needed = {"episodes", "random", "fixed", "step", "skipped", "in_a_row", *self.parts}
+                if lacking := needed.difference(self.state):
                     raise InputError(f"{path}: is of another script or version, without {lacking}")
                 self.rotate = path.name == "last.pt"
                 break
@@ -1900,7 +1918,8 @@ class Run:
         options = {"pin_memory": self.device.type == "cuda", "worker_init_fn": ignore_signals}
         options |= {"sampler": sampler, "batch_size": None, "num_workers": args.num_workers}
         self.served = self.serve(iter(torch.utils.data.DataLoader(Reader(clips), **options)))
-        atexit.register(self.served.close)
+        atexit.register(self.served.close)  # before Python waits for its children
+        weakref.finalize(self, self.served.close)
         if self.state:
             python, numpy, cpu, cuda = self.state["random"][proc.rank % len(self.state["random"])]
             random.setstate(python)
@@ -1910,7 +1929,8 @@ class Run:
                 torch.cuda.set_rng_state(cuda, self.device)
         return self.served
 
-    def serve(self, batches: Iterator) -> Iterator:
+    @staticmethod
+    def serve(batches: Iterator) -> Iterator:
         """Hand batches on; loader processes end with it, as SIGTERM does not end them."""
         try:
             for batch in batches:
@@ -2063,6 +2083,7 @@ class Run:
     def end(self) -> None:
         """Say how to go on with a run that was stopped; leave loaders, signals and processes."""
         self.served.close()
+        atexit.unregister(self.served.close)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.step < self.last_step:

@@ -238,7 +238,7 @@ class ContextCache:
 
     window: int
     frames: int  # slots in use, at most window - 1: one is for the frame that is denoised
-    position: int  # frames seen since `encode_context`; a full cache has overwritten the oldest
+    position: int  # frames added since it was empty; a full cache has overwritten the oldest
     kv: dict[int, Tensor]  # layer: (2, B, window, N, H, E), made at first use; slots have no order
 
     def expand(self, n: int, room: int | None = None) -> ContextCache:
@@ -362,7 +362,7 @@ class DiT(nn.Module):
         x = x.unflatten(-1, (p, p, C)).unflatten(2, (h // p, w // p))
         return x.permute(0, 1, 2, 4, 3, 5, 6).reshape(z.shape).to(z.dtype)
 
-    # -- frame by frame: encode_context once, then denoise at every noise level and keep the result
+    # -- frame by frame: encode what is known, denoise the next at every noise level, encode it too
     @torch.no_grad()
     def encode_context(
         self, z: Tensor, tau: Tensor, actions: Tensor, cache: ContextCache | None = None
@@ -376,13 +376,14 @@ class DiT(nn.Module):
             raise InputError(f"a window of {window} holds {window - 1} known frames, not {T}")
         cache = cache or ContextCache(window, 0, 0, {})
         modulations = self.modulations(tau, actions) if T else []
-        step = 1 if z.device.type == "cpu" else window  # one frame at a time fits a CPU's caches
+        alone = z.device.type == "cpu" or cache.frames  # one at a time fits a CPU's caches
+        step, room = 1 if alone else window, window - 1
         for part in (slice(t, min(t + step, T)) for t in range(0, T, step)):
-            new, room = part.stop - part.start, max(window - 1, 1)
+            new = part.stop - part.start
             seen = min(cache.frames + new, room)
             attend = self._attend(cache, cache.position % room, seen)
             self._run(z[:, part], [m[:, part] for m in modulations], cache.position, attend)
-            cache.frames, cache.position = min(seen, window - 1), cache.position + new
+            cache.frames, cache.position = seen, cache.position + new
         return cache
 
     @torch.no_grad()

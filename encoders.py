@@ -58,7 +58,8 @@ HOMES = {name: f"weights/{kind}/decoder" for kind, name in DECODERS.items()}
 HOMES |= {name: f"weights/{kind}" for kind, name in (*STATISTICS.items(), *RELEASES.items())}
 TRANSFORMERS = ("model.safetensors", "model.safetensors.index.json")
 CONTAINERS = ("ema_encoder", "target_encoder", "state_dict")  # what may hold the tensors of a .pt
-OFFLINE = ("LocalEntryNotFoundError", "URLError", "ConnectionError", "OfflineModeIsEnabled")
+OFFLINE = """LocalEntryNotFoundError OfflineModeIsEnabled URLError ConnectionError ConnectTimeout
+    ReadTimeout ProxyError SSLError TimeoutError""".split()  # how a download without network ends
 REMEDY = f"name a file of tensors, at its top level or in {', '.join(CONTAINERS)}"
 WRAPPERS = r"((module|_orig_mod|backbone|model|visual|vision_model)\.)*"  # before a tensor's name
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of a network's input
@@ -106,7 +107,8 @@ def fetch(name: str, file: str, cached: bool) -> Path:
             try:
                 get_hf_file_metadata(hf_hub_url(f"{org}/{repo}", file), timeout=10)
             except Exception as error:  # of an HTTP library that changes from release to release
-                raise error if isinstance(error, OSError) else URLError(error) from error
+                known = isinstance(error, (OSError, ValueError))
+                raise error if known else URLError(error) from error
         return Path(hf_hub_download(f"{org}/{repo}", file, local_files_only=cached))
     path = Path(torch.hub.get_dir(), "checkpoints", file)
     if not cached:

@@ -137,6 +137,8 @@ class Args:
     device: str | None = None  # default: cuda when there, else cpu
 
     def __post_init__(self):
+        for name in ("metrics", "searches", "horizons"):
+            setattr(self, name, getattr(self, name).replace(" ", ""))
         for name, known in (("metrics", METRICS), ("searches", PLANNERS)):
             if unknown := {*getattr(self, name).split(",")} - {*known}:
                 raise InputError(f"{name}: no {sorted(unknown)}; choose among {', '.join(known)}")
@@ -782,7 +784,8 @@ def in_words(metrics: dict[str, dict]) -> Iterator[str]:
         above = {kind: min(sign * x for x in ci) > 0 for kind, ci in gaps.items()}  # surely better
         if name in ("psnr", "ssim", "lpips") and above:
             verb, other = "listens to" if above["shuffled"] else "ignores", beside["shuffled"]
-            yield f"The model {verb} its actions: {name} is {value}, {other} with another clip's."
+            whose = "another clip's" if row["n"] > 1 else "its own in reverse"
+            yield f"The model {verb} its actions: {name} is {value}, {other} with {whose}."
             if not above["copy"]:
                 yield f"By {name} it is no better than repeating the last known frame."
         if "no signal" in above:
@@ -940,9 +943,10 @@ class Evaluation:
         self.actions = torch.cat([self.recorded(info) for info in self.infos])  # (N, T, A)
         moved = self.actions.flatten(0, 1).std(0)
         self.dims = [d for d in SEARCHED if moved[d] > 0]  # the others never change
-        if len(self.infos) < 2 or not self.dims:
-            fault = "all actions are equal: none can matter" if self.infos[1:] else "only one clip"
-            raise InputError(f"{where}: {fault}; give other episodes")
+        if not self.dims:
+            raise InputError(
+                f"{where}: all actions are equal: none can matter; give other episodes"
+            )
         weights = hashlib.sha256(self.space.fingerprint.encode())
         for x in self.model.dit.state_dict().values():
             weights.update(x.cpu().numpy().tobytes())
@@ -975,9 +979,12 @@ class Evaluation:
         return (x[None] if len(x) > 1 else x).to(self.device)  # of one view, V serves as the 1
 
     def batches(self, label: str) -> Iterator[tuple[Sequence, Tensor, Tensor, Tensor]]:
-        """Yield this process's batches: clips, their frames, actions and another clip's actions."""
+        """Yield this process's batches: clips, their frames, actions and another clip's actions.
+
+        A lone clip's own stand for these, reversed in time.
+        """
         (N, n), B = (len(self.infos), self.n), self.args.batch_size
-        shifted = self.actions.roll(-(N // 2), 0)
+        shifted = self.actions.roll(-(N // 2), 0) if N > 1 else self.actions.flip(1)
         shifted[:, : n - 1] = self.actions[:, : n - 1]  # the past stays as it was
         for clips in self.out.share([[*range(N)[i : i + B]] for i in range(0, N, B)], label):
             frames = torch.cat([self.filmed(self.infos[i]) for i in clips])

@@ -119,12 +119,8 @@ class Args:
     def __post_init__(self):
         if isinstance(self.adapter, dict):  # from a config.json
             self.adapter = data.config_from(AdapterConfig, self.adapter, "config.json: adapter")
-        counts = "batch_size grad_accum num_epochs log_every val_every val_clips save_every"
-        for name in (*counts.split(), "crop"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise InputError(f"{name} is {value}; it must be at least 1")
-        if self.num_workers < 0:
-            raise InputError("num_workers must be at least 0")
+        counts = "batch_size grad_accum num_epochs log_every val_every val_clips save_every crop"
+        data.check_flags(self, counts)
         if self.adapter.adapter_type == "identity" and not self.use_pixel_decoder:
             raise InputError("an identity adapter has nothing to train; add use_pixel_decoder")
         self.pixel_decoder_config(self.adapter.adapter_latent_dim)

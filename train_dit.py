@@ -29,18 +29,12 @@ from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import world_model
 from data import Clip, EpisodeDataset, InputError, Processes, Run, begin, choose_clips, psnr, wrap
 from diffusion import OBJECTIVES, draw
 from dit import DIT_SIZES, DiT, DiTConfig, load_dit
 from encoders import ROWS, EncoderConfig
-from world_model import (
-    LatentSpace,
-    Model,
-    build_latent_space,
-    default_shift,
-    dream,
-    save_world_model,
-)
+from world_model import LatentSpace, Model, dream
 
 COLUMNS = (
     "step loss grad_norm lr clips_per_s ms_per_step mfu minutes_left memory_gb skipped psnr_model "
@@ -121,12 +115,10 @@ class Args:
     save_every: int = 1000  # steps between checkpoints
 
     def __post_init__(self):
-        counts = (
-            "num_workers num_history stride batch_size grad_accum num_epochs num_views log_every"
-        )
-        for name in (*counts.split(), "val_every", "val_clips", "save_every"):
-            if getattr(self, name) < (least := int(name != "num_workers")):
-                raise InputError(f"{name} must be at least {least}")
+        counts = "num_history stride batch_size grad_accum num_epochs num_views log_every val_every"
+        data.check_flags(self, f"{counts} val_clips save_every")
+        if self.ema > 1 or self.num_history >= self.num_frames:
+            raise InputError("ema must be at most 1, num_history below num_frames")
         if (self.adapter_type == "identity") != (self.adapter_checkpoint_path is None):
             raise InputError("adapter_type mlp or svae and adapter_checkpoint_path go together")
 
@@ -342,8 +334,12 @@ def main() -> None:
     # 2. Frozen models.
     sources = args.encoder_weights, args.decoder_weights
     encoder = EncoderConfig(args.encoder_type, *sources, patch_size=args.pixel_patch)
-    space = build_latent_space(encoder, args.adapter_checkpoint_path, args.num_views)
+    space = world_model.build_latent_space(encoder, args.adapter_checkpoint_path, args.num_views)
     space.to(proc.device)
+    if space.adapter and (kind := space.adapter.config.adapter_type) != args.adapter_type:
+        raise InputError(
+            f"{args.adapter_checkpoint_path}: holds {kind}; give --adapter_type {kind}"
+        )
     if (dim := args.adapter_latent_dim) not in (None, space.latent_dim):
         raise InputError(
             f"adapter_latent_dim {dim}: latents are {space.latent_dim}-d; leave it out"
@@ -373,7 +369,7 @@ def main() -> None:
     frozen = freeze(dit, args.freeze)
     tokens = z.shape[2] * z.shape[3] // args.num_views // shape.patch_size**2
     if (shift := args.shift) is None:
-        shift = default_shift(args.encoder_type, tokens, space.latent_dim)
+        shift = world_model.default_shift(args.encoder_type, tokens, space.latent_dim)
     options = {"time_dist": args.time_dist} if args.objective == "flow_matching" else {}
     objective = OBJECTIVES[args.objective](shift=shift, **options)
     history = args.num_history // space.temporal_stride
@@ -422,7 +418,7 @@ def main() -> None:
         if run.due(args.save_every) or stopped:
             run.save()
             path = folder / "world_model.safetensors"
-            run.alone(save_world_model, path, *model, about)
+            run.alone(world_model.save_world_model, path, *model, about)
         if run.step >= run.last_step or stopped:
             break
 

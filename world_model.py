@@ -224,7 +224,7 @@ def candidate_cost(
     z_context, known = z_context[-n:], known[len(known) + 1 - n :]
     shared = objective.encode_context(model, z_context[None, :-1], known[None]) if cached else None
 
-    def dream(a: Tensor) -> Tensor:  # (N, n + k, A) -> (N,)
+    def distance(a: Tensor) -> Tensor:  # (N, n + k, A) -> (N,)
         net, cache = model, shared and shared.expand(len(a), room=k + 1)
         if a.requires_grad or not cached:  # autograd cannot pass through a cache: hide it
             net, cache = functools.partial(model), None
@@ -237,7 +237,7 @@ def candidate_cost(
         last = last if last_action is None else last_action.expand(N, 1, -1)
         a = torch.cat((known.expand(N, *known.shape), candidates, last), 1)
         with torch.set_grad_enabled(candidates.requires_grad):
-            return torch.cat([dream(part) for part in a.split(32)])
+            return torch.cat([distance(part) for part in a.split(32)])
 
     return cost
 
@@ -386,7 +386,7 @@ class WorldModel:
                 if known.shape[1] != n - 1:
                     raise InputError(f"{known.shape[1]} actions for {n} frames; give {n - 1}")
                 beside[:, :-1] = known
-        except InputError:
+        except BaseException:
             self.z, self.batched = before
             raise
         self.actions, self.cache = beside, None
@@ -521,7 +521,8 @@ def main() -> None:
     with files.reading(args.image, remedy := "give another picture", OSError):
         picture = files.decode_frame(Path(args.image).read_bytes(), None, args.image, remedy)
     size, views = model.data["image_size"], np.array_split(picture, model.space.num_views, 1)
-    frames = np.stack([files.decode_frame(view, size, args.image) for view in views])[:, None]
+    frames = [files.decode_frame(view, size, args.image, remedy) for view in views]
+    frames = np.stack(frames)[:, None]
     actions = read_actions(args.actions)
     actions = model.map_actions(actions) if args.raw else torch.as_tensor(actions)
     beside, random = torch.cat((actions, actions[-1:])), torch.Generator().manual_seed(args.seed)

@@ -1483,7 +1483,7 @@ def test_a_full_disk_anywhere_ends_in_one_sentence(capsys, monkeypatch):
 
     monkeypatch.setattr(data, "main", other)
     code, _, said = run(capsys, monkeypatch)
-    assert code == 2 and "data/file" in said and "choose another place" in said
+    assert code == 2 and "data/file" in said and "name another place" in said
     monkeypatch.setattr(data, "main", lambda: open("/nowhere/at/all"))
     with pytest.raises(FileNotFoundError):  # what is not ours keeps its traceback
         run(capsys, monkeypatch)

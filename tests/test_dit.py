@@ -550,6 +550,17 @@ def test_cached_frames_equal_the_whole_window(fields):
 
 
 @torch.no_grad()
+def test_known_frames_may_join_a_cache_in_any_portions():
+    dit, (z, tau, actions) = random_dit(), clip()
+    whole = dit(z, tau, actions)
+    cache = None
+    for part in (slice(0, 1), slice(1, 4)):
+        cache = dit.encode_context(z[:, part], tau[:, part], actions[:, part], cache)
+    v = dit.denoise(z[:, 4:5], dit.modulations(tau[:, 4:5], actions[:, 4:5]), cache)
+    torch.testing.assert_close(v, whole[:, 4:5], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_an_expanded_cache_serves_candidates_and_can_be_used_again():
     dit, (z, tau, actions) = random_dit(), clip(B=2, T=4)
     shared = dit.encode_context(z[:, :2], tau[:, :2], actions[:, :2])

@@ -460,10 +460,10 @@ class LinearWorld(nn.Module):
         return (z - target) / tau[:, :, None, None, None]
 
 
-def write_world(folder, seed=0, success=True, constant=False):
+def write_world(folder, seed=0, success=True, constant=False, test=12):
     """Write episodes of the linear world: 14 frames of 16 px; the successful ones are brighter."""
     random, patterns, splits = np.random.default_rng(seed), waves().numpy(), {}
-    for split, count in (("train", 30), ("test", 12)):
+    for split, count in (("train", 30), ("test", test)):
         for i in range(count):
             actions = np.zeros((14, 10), np.float32)
             actions[:, :7] = random.uniform(-1, 1, (14, 7)) * (not constant)
@@ -1094,6 +1094,13 @@ def test_constant_actions_are_refused(measure_world, tmp_path):
     write_world(tmp_path / "still", constant=True)
     with pytest.raises(evaluate.InputError, match="all actions are equal"):
         measure_world(dataset_dir=str(tmp_path / "still"), metrics="psnr")
+
+
+def test_a_lone_clip_is_measured_without_intervals(measure_world, tmp_path, capsys):
+    write_world(tmp_path / "lone", test=1)
+    rows = measure_world(dataset_dir=str(tmp_path / "lone"), metrics="psnr, ssim")["metrics"]
+    assert rows["psnr"]["n"] == 1 and rows["psnr"]["ci"] is None and rows["ssim"]["value"] > 0
+    assert "with its own in reverse" in capsys.readouterr().out
 
 
 def test_an_empty_split_is_refused(measure_world):

@@ -413,6 +413,18 @@ def test_an_exception_of_one_process_ends_all_with_its_error_on_screen(episodes,
     assert "RuntimeError: a bad shard" in log.read_text() and time.monotonic() - began < 60
 
 
+def test_a_finished_run_resumed_by_its_own_command_adds_nothing(episodes, tmp_path):
+    """The word `toy` brings no defaults back; foreign lines of the log and a kill's rest go."""
+    flags = "--max_steps", 3, "--val_every", 2
+    folder = train(episodes, tmp_path / "run", *flags)
+    before = (folder / "log.csv").read_text()
+    with open(folder / "log.csv", "a") as log:
+        log.write("\nhello,world\n4,cut")
+    (folder / ".last.pt.1.tmp").write_bytes(b"half")
+    run("toy", "--resume", folder)
+    assert not list(folder.glob(".*")) and (folder / "log.csv").read_text() == before
+
+
 def test_shares_of_data_sets_are_those_of_the_flag():
     args = train_dit.Args(subset_names="a,b", subset_weights="3,1")
     alone = Processes(0, 1, torch.device("cpu"))
@@ -695,6 +707,9 @@ def test_the_world_model_file_repeats_the_training_time_sample(episodes, straigh
         (["--save_every", "0"], "save_every"),
         (["--val_clips", "0"], "val_clips"),
         (["--num_workers", "-1"], "num_workers"),
+        (["--seed", "-1"], "seed"),
+        (["--lr", "nan"], "lr is nan"),
+        (["--ema", "1.5"], "ema"),
         (["--pixel_patch", "7"], "multiples of 7"),
         (["--resume", "nowhere"], "nowhere"),
         (["--freeze", "block5"], "block5"),
