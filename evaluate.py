@@ -778,14 +778,15 @@ def in_table(name: str, row: dict) -> str:
 def in_words(metrics: dict[str, dict]) -> Iterator[str]:
     """Say whether the model listens to its actions and whether it is better than a copy."""
     for name, row in metrics.items():
+        if row.get("n") == 1:  # nothing is sure
+            continue
         sign, value = (1 if row.get("better") == "higher" else -1), show(row["value"])
         beside = {kind: show(x) for kind, x in row.get("beside", {}).items()}
         gaps = {kind: ci or [0] for kind, (_, ci) in row.get("minus", {}).items()}
         above = {kind: min(sign * x for x in ci) > 0 for kind, ci in gaps.items()}  # surely better
         if name in ("psnr", "ssim", "lpips") and above:
             verb, other = "listens to" if above["shuffled"] else "ignores", beside["shuffled"]
-            whose = "another clip's" if row["n"] > 1 else "its own in reverse"
-            yield f"The model {verb} its actions: {name} is {value}, {other} with {whose}."
+            yield f"The model {verb} its actions: {name} is {value}, {other} with another clip's."
             if not above["copy"]:
                 yield f"By {name} it is no better than repeating the last known frame."
         if "no signal" in above:

@@ -1100,7 +1100,7 @@ def test_a_lone_clip_is_measured_without_intervals(measure_world, tmp_path, caps
     write_world(tmp_path / "lone", test=1)
     rows = measure_world(dataset_dir=str(tmp_path / "lone"), metrics="psnr, ssim")["metrics"]
     assert rows["psnr"]["n"] == 1 and rows["psnr"]["ci"] is None and rows["ssim"]["value"] > 0
-    assert "with its own in reverse" in capsys.readouterr().out
+    assert "The model" not in capsys.readouterr().out  # one clip makes nothing sure
 
 
 def test_an_empty_split_is_refused(measure_world):
