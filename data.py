@@ -1638,7 +1638,7 @@ def write_latent_cache(
 
     fingerprint  of everything that shapes a latent: encoder, its weights, adapter
     encode       (1, T, H, W, 3) in [0, 1] -> (1, T, h, w, C), called with at most 32 frames
-    shard    (rank, world): this process encodes its part of the episodes
+    shard        (rank, world): this process encodes its part of the episodes
     """
     every = EpisodeDataset(dataclasses.replace(config, num_frames=1, num_history=0), split)
     every.fingerprint, quiet = fingerprint, shard[0] > 0 or None
@@ -1917,9 +1917,9 @@ class Run:
         sampler = ClipSampler(self.dataset, args.batch_size, proc.rank, proc.world, start)
         options = {"pin_memory": self.device.type == "cuda", "worker_init_fn": ignore_signals}
         options |= {"sampler": sampler, "batch_size": None, "num_workers": args.num_workers}
-        self.served = self.serve(iter(torch.utils.data.DataLoader(Reader(clips), **options)))
-        atexit.register(self.served.close)  # before Python waits for its children
-        weakref.finalize(self, self.served.close)
+        batches = self.serve(iter(torch.utils.data.DataLoader(Reader(clips), **options)))
+        self.close_loader = weakref.finalize(self, batches.close)  # at the latest
+        atexit.register(self.close_loader)  # before Python waits for its children
         if self.state:
             python, numpy, cpu, cuda = self.state["random"][proc.rank % len(self.state["random"])]
             random.setstate(python)
@@ -1927,7 +1927,7 @@ class Run:
             torch.set_rng_state(cpu)
             if cuda is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(cuda, self.device)
-        return self.served
+        return batches
 
     @staticmethod
     def serve(batches: Iterator) -> Iterator:
@@ -2082,8 +2082,7 @@ class Run:
 
     def end(self) -> None:
         """Say how to go on with a run that was stopped; leave loaders, signals and processes."""
-        self.served.close()
-        atexit.unregister(self.served.close)
+        self.close_loader()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.step < self.last_step:

@@ -228,16 +228,16 @@ class Objective:
         window = model.config.max_frames if hasattr(model, "config") else n + k
         frames, cached = [z[:, t : t + 1] for t in range(n)], hasattr(model, "encode_context")
         for t in range(n, n + k):
-            first, eps = max(0, t + 1 - window), noise[:, t - n : t - n + 1].float()
-            known, beside = torch.cat((z[:, :0], *frames[first:t]), 1), actions[:, first : t + 1]
-            if not cached:
-                frames.append(self.next_frame_uncached(model, known, beside, eps, guidance))
-                continue
             if cache and context == "exact" and cache.frames == window - 1:
                 cache.frames = cache.position = 0  # what slides is encoded anew
-            s = slice(-1 if cache and cache.frames else None, None)  # the last, or all
-            cache = self.encode_context(model, known[:, s], beside[:, :-1][:, s], guidance, cache)
-            frames.append(self.next_frame(model, cache, actions[:, t], eps, guidance))
+            first = t - 1 if cache and cache.frames else max(0, t + 1 - window)  # not cached yet
+            past, eps = torch.cat((z[:, :0], *frames[first:t]), 1), noise[:, t - n, None].float()
+            if cached:
+                cache = self.encode_context(model, past, actions[:, first:t], guidance, cache)
+                frames.append(self.next_frame(model, cache, actions[:, t], eps, guidance))
+            else:
+                beside = actions[:, first : t + 1]
+                frames.append(self.next_frame_uncached(model, past, beside, eps, guidance))
         return torch.cat((z[:, :0], *frames), 1), cache
 
 

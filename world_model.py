@@ -354,14 +354,18 @@ class WorldModel:
         return torch.as_tensor(files.map_actions(raw, self.data["action_mapping"]))
 
     def _actions(self, actions: Array) -> Tensor:
-        """Give actions batch and time axes: (B, K, A), float32 on the model's device."""
+        """Shape actions for the known samples: (B, K, A)."""
         if self.z is None:
             raise InputError("the world model knows no frame yet; call reset(frames) first")
+        return self._shape_actions(actions, len(self.z), self.batched)
+
+    def _shape_actions(self, actions: Array, B: int, batched: bool) -> Tensor:
+        """Give actions batch and time axes: (B, K, A), float32 on the model's device."""
         given = torch.as_tensor(actions, dtype=torch.float32, device=self.device)
         actions = given[None] if given.ndim == 1 else given
         if actions.ndim == 2:
-            actions = actions[:, None] if self.batched else actions[None]
-        B, A = len(self.z), self.action_dim
+            actions = actions[:, None] if batched else actions[None]
+        A = self.action_dim
         if actions.ndim != 3 or actions.shape[::2] != (B, A) or not actions.shape[1]:
             takes = f"([{B},] K, {A}), a robot's own numbers through map_actions"
             raise InputError(f"actions are {tuple(given.shape)}; this model takes {takes}")
@@ -376,20 +380,15 @@ class WorldModel:
         """
         frames = files.to_floats(frames).to(self.device)
         z = self.encode(frames)
-        before = self.z, self.batched
-        self.z, self.batched = (z, True) if z.ndim == 5 else (z[None], False)
-        n = self.z.shape[1] * self.space.temporal_stride
-        beside = self.z.new_zeros(len(self.z), n, self.action_dim)
-        try:
-            if actions is not None and (n > 1 or torch.as_tensor(actions).numel()):
-                known = self._actions(actions)
-                if known.shape[1] != n - 1:
-                    raise InputError(f"{known.shape[1]} actions for {n} frames; give {n - 1}")
-                beside[:, :-1] = known
-        except BaseException:
-            self.z, self.batched = before
-            raise
-        self.actions, self.cache = beside, None
+        z, batched = (z, True) if z.ndim == 5 else (z[None], False)
+        n = z.shape[1] * self.space.temporal_stride
+        beside = z.new_zeros(len(z), n, self.action_dim)
+        if actions is not None and (n > 1 or torch.as_tensor(actions).numel()):
+            known = self._shape_actions(actions, len(z), batched)
+            if known.shape[1] != n - 1:
+                raise InputError(f"{known.shape[1]} actions for {n} frames; give {n - 1}")
+            beside[:, :-1] = known
+        self.z, self.actions, self.cache, self.batched = z, beside, None, batched
         return frames
 
     @torch.no_grad()
