@@ -17,10 +17,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import OrderedDict
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,16 +83,16 @@ class PixelDecoderConfig:
         self.attn_resolutions = tuple(self.attn_resolutions)
         check_fields(self)
         levels = [GRID << i for i in range(len(self.channel_multipliers))]
-        wrong = {
-            "channel_multipliers: give 1 to 8 of them": not 1 <= len(levels) <= 8,
-            f"attn_resolutions: levels are {levels}": {*self.attn_resolutions} - {*levels},
-            "base_channels: needs a multiple of norm_groups": self.base_channels % self.norm_groups,
-            "attn_heads: must divide base_channels": self.base_channels % self.attn_heads,
-            "dropout: must be in [0, 1)": not 0 <= self.dropout < 1,
-            "output_activation: sigmoid or none": self.output_activation not in ("sigmoid", "none"),
-        }
-        for message in (text for text, is_wrong in wrong.items() if is_wrong):
-            raise InputError(f"{message} (now {getattr(self, message.partition(':')[0])!r})")
+        for name, wrong, remedy in (
+            ("channel_multipliers", not 1 <= len(levels) <= 8, "give 1 to 8 of them"),
+            ("attn_resolutions", {*self.attn_resolutions} - {*levels}, f"levels are {levels}"),
+            ("base_channels", self.base_channels % self.norm_groups, "norm_groups must divide it"),
+            ("attn_heads", self.base_channels % self.attn_heads, "it must divide base_channels"),
+            ("dropout", not 0 <= self.dropout < 1, "choose a share in [0, 1)"),
+            ("output_activation", self.output_activation not in ("sigmoid", "none"), "or none"),
+        ):
+            if wrong:
+                raise InputError(f"{name} is {getattr(self, name)!r}; {remedy}")
 
 
 def check_fields(config: AdapterConfig | PixelDecoderConfig) -> None:
@@ -371,14 +371,26 @@ def pack(**parts: nn.Module | None) -> tuple[dict, dict]:
     return tensors, metadata
 
 
-def unpack(
-    part: str, make: Callable, tensors: dict, metadata: dict, where: str
-) -> nn.Module | None:
-    """Make a part of a file, in eval mode, if the file has it."""
-    if (config := metadata[f"{part}_config"]) is None:
-        return None
-    state = {n[len(part) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{part}.")}
-    return data.rebuild(make, config, state, where)
+def adapter_from(
+    tensors: dict, metadata: dict, where: str
+) -> tuple[Adapter | None, PixelDecoder | None]:
+    """Make adapter and pixel decoder, in eval mode, of what `pack` laid out, if they are there."""
+
+    def make_adapter(**config: Any) -> Adapter:
+        return create_adapter(AdapterConfig(**config), metadata["input_dim"])
+
+    def make_decoder(**config: Any) -> PixelDecoder:
+        return PixelDecoder(PixelDecoderConfig(**config))
+
+    made = []
+    for part, make in (("adapter", make_adapter), ("pixel_decoder", make_decoder)):
+        state = {n[len(part) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{part}.")}
+        config = metadata[f"{part}_config"]
+        made.append(None if config is None else data.rebuild(make, config, state, where))
+    if made[0]:
+        made[0].encoder_config = metadata["encoder_config"]
+        made[0].encoder_fingerprint = metadata["encoder_fingerprint"]
+    return tuple(made)
 
 
 def save_adapter(path: str | Path, adapter: Adapter, pixel_decoder: PixelDecoder | None) -> None:
@@ -426,20 +438,11 @@ def load_adapter(
     remedy = "choose a file of train_adapter.py or a released adapter, or copy it again"
     with data.reading(path, remedy, RuntimeError, *data.DAMAGED):
         read = data.load_tensors if Path(path).suffix == ".safetensors" else read_released
-        tensors, metadata = read(path)
-        makers = {
-            "adapter": lambda **given: create_adapter(
-                AdapterConfig(**given), metadata["input_dim"]
-            ),
-            "pixel_decoder": lambda **given: PixelDecoder(PixelDecoderConfig(**given)),
-        }
-        adapter, pixel_decoder = (unpack(*x, tensors, metadata, f"{path}") for x in makers.items())
+        adapter, pixel_decoder = adapter_from(*read(path), str(path))
         if adapter is None:
             raise InputError(f"{path}: holds no adapter; {remedy}")
-        adapter.encoder_config = encoder = metadata["encoder_config"]
-        adapter.encoder_fingerprint = own = metadata["encoder_fingerprint"]
         # A released file names only the type of its encoder, which every fingerprint begins with.
-        own = own or (encoder or {}).get("encoder_type")
+        own = adapter.encoder_fingerprint or (adapter.encoder_config or {}).get("encoder_type")
     if fingerprint and own and not f"{fingerprint}-".startswith(f"{own}-"):
         other = f"belongs to encoder {own}, not to {fingerprint}; choose that encoder, with the"
         raise InputError(f"{path}: {other} weights and options of its training, or another file")

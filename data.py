@@ -170,7 +170,7 @@ def open_tensors(path: str | Path, framework: str = "pt", device: Any = "cpu") -
     """Open a safetensors file of ours: (file, metadata); what goes wrong becomes an InputError."""
     with reading(path, "copy or write it again", SafetensorError, OSError, *DAMAGED):
         with safe_open(str(path), framework=framework, device=str(device)) as file:
-            yield file, json.loads((file.metadata() or {}).get("metadata", "{}"))
+            yield file, dict(json.loads((file.metadata() or {}).get("metadata", "{}")))
 
 
 def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict, dict]:
@@ -333,6 +333,7 @@ def write_gif(path: str | Path, frames: torch.Tensor | np.ndarray, fps: float = 
 # --- Episode files: JPEG bytes of every view and frame, actions, metadata; and their index.
 
 ACTION_DIM = 10  # xyz (3), rotation (3), gripper (1: -1 open, +1 closed), base (3)
+FILE = "{:09d}.safetensors"  # the name of an episode, by its number
 REMEDY = "remove the folder of the data set and convert it again"
 MEND = "mend the image or leave out its episode"
 
@@ -627,7 +628,7 @@ def masked_crc32c(message: bytes) -> int:
 
     The state is linear: that of "ab" is b's plus what len(b) zeros make of a's, byte by byte; a
     table passed through itself stands for twice its zeros. Leading zeros do nothing, and the four
-    bytes put first lead to the start state 0xFFFFFFFF.                        [RFC 3720, B.4]
+    bytes put first lead to the start state 0xFFFFFFFF.        [RFC 3720, 12.1; vectors in B.4]
     """
     words = np.frombuffer(bytes(-len(message) % 4) + b"\x54\x64\x1f\x64" + message, np.uint32)
     zeros = FOUR_ZEROS
@@ -1135,7 +1136,7 @@ def generate_toy(output_dir: str | Path, config: ToyConfig | None = None) -> Pat
     for number, split, count in ((0, "train", config.episodes), (1, "test", config.test_episodes)):
         for i in tqdm(range(count), f"toy {split}", disable=None):
             episode = toy_episode(config, (config.seed, number, i))
-            entries[split].append(write_episode(partial / split / f"{i:09d}.safetensors", *episode))
+            entries[split].append(write_episode(partial / split / FILE.format(i), *episode))
     append_index(partial, header)
     append_index(partial, {"shard": "toy", "episodes": entries})
     partial.rename(folder)
@@ -1271,23 +1272,18 @@ def list_own(root: Path, records: list[dict]) -> list[Shard]:
             '    frames = [f.to_ndarray(format="rgb24") for f in av.open(video).decode(video=0)]\n'
             "    np.savez(name, frames=np.stack(frames), actions=actions, language=text)"
         )
-    paths = [*root.rglob("*.npz"), *(path.parent for path in root.rglob("actions.npy"))]
-    if not paths:
+    found = [*root.rglob("*.npz"), *(path.parent for path in root.rglob("actions.npy"))]
+    if not found:
         raise InputError(f"{root}: holds no features.json (RLDS), .npz or actions.npy; see --help")
-    pairs = [
-        (r["shard"], entry) for r in records for part in r["episodes"].values() for entry in part
-    ]
-    numbers = {shard: entry["number"] for shard, entry in pairs}
+    paths = sorted(path.relative_to(root) for path in found)
+    names = [str(p) for p in paths if not re.search(r"(^|/)\..", str(p))]  # hidden: copies of tools
+    numbers = {}
+    for record in records:
+        for entry in itertools.chain(*record["episodes"].values()):
+            numbers[record["shard"]] = entry["number"]
     free = itertools.filterfalse({*numbers.values()}.__contains__, itertools.count())
-    shards = []
-    for path in sorted(path.relative_to(root) for path in paths):
-        if any(
-            part.startswith(".") for part in path.parts
-        ):  # copies of notebooks and file managers
-            continue
-        number = numbers[str(path)] if str(path) in numbers else next(free)
-        shards.append(Shard(str(path), TARGETS.get((*path.parts, "")[0], ""), number, 1))
-    return shards
+    numbers |= {name: next(free) for name in names if name not in numbers}
+    return [Shard(n, TARGETS.get(n.split("/")[0], ""), numbers[n], 1) for n in names]
 
 
 def open_source(args: Args, folder: Path, records: list[dict]) -> tuple:
@@ -1339,7 +1335,7 @@ def convert_shard(
                 name = about.pop("file", "") or f"{shard.name}/{i}"
                 hashed = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
                 split = shard.target or ("test" if hashed else "train")
-                path = folder / split / f"{shard.first + i:09d}.safetensors"
+                path = folder / split / FILE.format(shard.first + i)
                 undo.callback(path.unlink, missing_ok=True)
                 about = {"fps": header["fps"], "source": f"{shard.name}/{i}", **about}
                 actions = map_actions(raw, header["action_mapping"])
@@ -1568,7 +1564,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
             if fingerprint is not None:
                 target = self.latent_folder(folder / split)
                 cached = {*os.listdir(target)} if target.is_dir() else set()
-                if lost := sum(f"{e['number']:09d}.safetensors" not in cached for _, e in kept):
+                if lost := sum(FILE.format(e["number"]) not in cached for _, e in kept):
                     raise InputError(
                         f"{target}: no complete latent cache, {lost} of {len(kept)} episodes lack; "
                         "write it with --cache_latents True"
@@ -1596,7 +1592,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         else:
             times = config.stride * np.arange(config.num_frames)
             times += rng.integers(length - times[-1])
-        return {**entry, "path": folder / f"{entry['number']:09d}.safetensors", "times": times}
+        return {**entry, "path": folder / FILE.format(entry["number"]), "times": times}
 
     def __getitem__(self, key: int | tuple[int, int]) -> Clip:
         config, info = self.config, self.info(key)
@@ -1706,10 +1702,17 @@ class ClipSampler(torch.utils.data.Sampler):
         return map(self.batch, itertools.count(self.start))
 
 
+def spread(size: int, count: int) -> list[int]:
+    """Pick at most `count` of `size` places, evenly."""
+    return np.linspace(0, size - 1, min(count, size)).round().astype(int).tolist()
+
+
 # --- Runs: how training begins, goes on after a kill, and ends.
 
-# Dense bfloat16 TFLOP/s by the name of the device; elsewhere model FLOPs utilisation stays blank.
-PEAKS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
+# By the name of the device, dense bfloat16 TFLOP/s and TB/s of its memory; elsewhere model FLOPs
+# utilisation stays blank.
+GPUS = {"B200": (2250, 8), "H200": (989, 4.8), "H100": (989, 3.35), "A100": (312, 2.04)}
+GPUS |= {"L40S": (362, 0.86), "RTX 4090": (165, 1.01)}
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -1868,7 +1871,7 @@ class Run:
             for number in (signal.SIGINT, signal.SIGTERM)
         }
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        self.peak = next((1e12 * peak for kind, peak in PEAKS.items() if kind in name), None)
+        self.peak = next((1e12 * peak for kind, (peak, _) in GPUS.items() if kind in name), None)
         if self.peak:
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 forward()
@@ -2107,7 +2110,7 @@ def inspect(folder: Path) -> None:
         raise InputError(f"{folder}: holds no episode; run the conversion to its end")
     print(f"{folder}: {json.dumps(header)}")
     for split, entries in sorted(splits.items()):
-        paths = [folder / split / f"{entry['number']:09d}.safetensors" for entry in entries]
+        paths = [folder / split / FILE.format(entry["number"]) for entry in entries]
         actions = np.concatenate([Episode(p).actions for p in tqdm(paths, split, disable=None)])
         lengths = np.array([entry["length"] for entry in entries])
         labels = [entry["success"] for entry in entries if entry["success"] is not None]

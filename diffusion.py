@@ -3,13 +3,13 @@
     noise -> loss;    one denoising step -> one frame -> rollout
 
     flow matching  z_tau = (1 - tau) z + tau eps             v = dz/dtau = eps - z
-    DDPM           z_k = sqrt(a_k) z + sqrt(1 - a_k) eps     v = sqrt(a_k) eps - sqrt(1 - a_k) z
+    DDPM           z_i = sqrt(a_i) z + sqrt(1 - a_i) eps     v = sqrt(a_i) eps - sqrt(1 - a_i) z
 
 Straight paths: Lipman et al. 2023, sec. 4.1, in the time of Esser et al. 2024, eq. 13, with their
 logit-normal levels, sec. 3.1. DDPM: Ho et al. 2020, eq. 4; its v: Salimans & Ho 2022, sec. 4. Every
 frame has its own level; a rollout denoises frame by frame. All in float32, even under autocast.
 
-Shapes: B batch, T frames, h w latent grid, C latent channels, A action width.
+Shapes: B batch, T frames, k new ones, h w latent grid, C latent channels, A action width.
     z, eps, z_tau, v  (B, T, h, w, C)   clean latents, unit Gaussian, noised latents, velocity
     tau               (B, T)            noise level per frame: 0 clean, 1 noise
     actions           (B, T, A)         action[t] stands beside frame t, drives t to t + 1
@@ -51,7 +51,7 @@ def interpolate(z: Tensor, eps: Tensor, tau: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)  # training may meet a table that a rollout made
 def alphas_cumprod(device: str | torch.device = "cpu") -> Tensor:
-    """Give a_k, k < 1000: sigmoid schedule, start -3, end 3, betas <= 0.999 [arXiv 2212.11972]."""
+    """Give a_i, i < 1000: sigmoid schedule from -3 to 3 [arXiv 2212.11972], betas <= 0.999."""
     s = torch.linspace(-3, 3, DDPM_LEVELS + 1, dtype=torch.float64).sigmoid()
     a = (s[-1] - s) / (s[-1] - s[0])
     betas = (1 - a[1:] / a[:-1]).clamp(0, 0.999)
@@ -100,7 +100,7 @@ class Objective:
     """Share the loss and the climb from one denoising step to a rollout.
 
     Subclasses give noised(z, num_history, draw) -> (z_tau, tau, v, first scored frame), levels(),
-    step(z, v, k) -> z one step cleaner, condition(z) -> known frames as the model sees them.
+    step(z, v, i) -> z one step cleaner, condition(z) -> known frames as the model sees them.
     """
 
     shift: float = 1.0  # g of `shift_tau`
@@ -130,9 +130,9 @@ class Objective:
         return loss, {"loss": loss.detach()}
 
     def integrate(self, velocity: Callable[[Tensor, int], Tensor], z: Tensor) -> Tensor:
-        """Go from noise to a clean frame; velocity(z, k) is v at step k."""
-        for k in range(self.steps):
-            z = self.step(z, velocity(z, k), k)
+        """Go from noise to a clean frame; velocity(z, i) is v at step i."""
+        for i in range(self.steps):
+            z = self.step(z, velocity(z, i), i)
         return z
 
     def next_frame_uncached(
@@ -145,8 +145,8 @@ class Objective:
         levels, (z_known, tau_known) = self.levels(), self.condition(z)
         actions = both(actions, guidance, null_action)
 
-        def velocity(z_new: Tensor, k: int) -> Tensor:
-            tau = torch.cat((tau_known, tau_known.new_full((len(z), 1), levels[k])), 1)
+        def velocity(z_new: Tensor, i: int) -> Tensor:
+            tau = torch.cat((tau_known, tau_known.new_full((len(z), 1), levels[i])), 1)
             v = model(both(torch.cat((z_known, z_new), 1), guidance), both(tau, guidance), actions)
             return guide(v[:, -1:], guidance)
 
@@ -170,9 +170,9 @@ class Objective:
         tau = torch.tensor(self.levels()[: self.steps], device=eps.device).expand(len(action), -1)
         modulations = model.modulations(tau, action[:, None].expand(-1, self.steps, -1))
 
-        def velocity(z: Tensor, k: int) -> Tensor:
-            at_k = [m[:, k : k + 1] for m in modulations]
-            return guide(model.denoise(both(z, guidance), at_k, cache), guidance)
+        def velocity(z: Tensor, i: int) -> Tensor:
+            at_i = [m[:, i : i + 1] for m in modulations]
+            return guide(model.denoise(both(z, guidance), at_i, cache), guidance)
 
         return self.integrate(velocity, eps)
 
@@ -271,10 +271,10 @@ class FlowMatching(Objective):
         grid = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)
         return shift_tau(grid, self.shift).tolist()
 
-    def step(self, z: Tensor, v: Tensor, k: int) -> Tensor:
+    def step(self, z: Tensor, v: Tensor, i: int) -> Tensor:
         """Follow v to the next level (Euler)."""
         levels = self.levels()
-        return z + (levels[k + 1] - levels[k]) * v
+        return z + (levels[i + 1] - levels[i]) * v
 
     def condition(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return z, z.new_full(z.shape[:2], self.context_tau)
@@ -297,9 +297,9 @@ class DDPM(Objective):
         grid = torch.linspace(-1, DDPM_LEVELS - 1, self.steps + 1, dtype=torch.float64)
         return (grid.long().flip(0).double() / DDPM_LEVELS).tolist()
 
-    def step(self, z: Tensor, v: Tensor, k: int) -> Tensor:
+    def step(self, z: Tensor, v: Tensor, i: int) -> Tensor:
         """Mix the clean frame and noise that v implies anew  [DDIM: Song et al. 2021, eq. 12]."""
-        levels, table = self.levels()[k : k + 2], alphas_cumprod().tolist()
+        levels, table = self.levels()[i : i + 2], alphas_cumprod().tolist()
         a, a_next = (1.0 if tau < 0 else table[round(DDPM_LEVELS * tau)] for tau in levels)
         clean, eps = a**0.5 * z - (1 - a) ** 0.5 * v, (1 - a) ** 0.5 * z + a**0.5 * v
         return a_next**0.5 * clean + (1 - a_next) ** 0.5 * eps

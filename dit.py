@@ -432,8 +432,13 @@ def load_dit(path: str | Path, **overrides: Any) -> DiT:
                max_frames, action_dropout; heads if not of dim 64 (72 at width 1152)
     Raises InputError for anything missing, left over, ambiguous or contradictory.
     """
-    where, ours = str(path), Path(path).suffix == ".safetensors"
-    state, metadata = data.load_tensors(path) if ours else (data.load_torch(path), {})
+    if Path(path).suffix == ".safetensors":
+        return dit_from(*data.load_tensors(path), str(path), **overrides)
+    return dit_from(data.load_torch(path), {}, str(path), **overrides)
+
+
+def dit_from(state: Any, metadata: dict, where: str, **overrides: Any) -> DiT:
+    """Make the DiT of a file that was read; see `load_dit`."""
     if "dit_config" in metadata:
         given = metadata["dit_config"]
         state = {name[4:]: x for name, x in state.items() if name.startswith("dit.")}

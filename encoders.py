@@ -324,7 +324,7 @@ def unpatchify(x: Tensor, p: int) -> Tensor:
 
 
 def turns(*axes: Tensor, pairs: int) -> Tensor:
-    """Return e^(i angle), angle_k = position * 10000^(-k / K), for K pairs an axis; the rest 1.
+    """Return e^(i angle), angle_j = position * 10000^(-j / K), for K pairs an axis; the rest 1.
 
     axes  positions along each axis of a grid of n tokens   ->  (n, pairs) complex
     """

@@ -902,11 +902,6 @@ def open_model(args: Args, device: Device) -> WorldModel:
     return WorldModel((*parts, RELEASED), device)
 
 
-def spread(size: int, count: int) -> list[int]:
-    """Pick at most `count` of so many, evenly."""
-    return np.linspace(0, size - 1, min(count, size)).round().astype(int).tolist()
-
-
 def random_cost(generator: torch.Generator, actions: Tensor) -> Tensor:
     """Tell nothing about actions (N, k, A): random costs (N,), or a random slope for a gradient."""
     slope = torch.randn(actions.shape, generator=generator).to(actions)
@@ -922,7 +917,7 @@ class Evaluation:
 
     def __init__(self, args: Args, proc: data.Processes):
         self.device, self.model = proc.device, open_model(args, proc.device)
-        self.space, stored = self.model.space, self.model.data
+        self.space, stored = self.model.space, self.model.clip_format
         self.n = n = args.num_context or stored["num_history"]
         window = self.model.dit.config.max_frames * self.space.temporal_stride
         steps = args.num_frames or max(1, window - n)
@@ -938,8 +933,8 @@ class Evaluation:
         if clips.action_mapping != stored["action_mapping"]:
             mapped = f"actions are mapped as {clips.action_mapping!r}, in training they were"
             raise InputError(f"{where}: {mapped} {stored['action_mapping']!r}; convert them so")
-        self.infos = [clips.info(i) for i in spread(len(clips), args.num_episodes)]
-        self.windows = spread(len(self.infos), args.windows)
+        self.infos = [clips.info(i) for i in data.spread(len(clips), args.num_episodes)]
+        self.windows = data.spread(len(self.infos), args.windows)
         self.cem = {"population": args.population, "elites": args.population // 8}
         self.actions = torch.cat([self.recorded(info) for info in self.infos])  # (N, T, A)
         moved = self.actions.flatten(0, 1).std(0)
@@ -1048,16 +1043,24 @@ class Evaluation:
             track = load_cotracker(args.cotracker, self.device) if name == "pck" else track_patches
             points = grid_points(*2 * [self.config.image_size])
             track = functools.lru_cache(2)(functools.partial(track, points=points))
-            rows = lambda *x: pck(*map(track, x), 256 / self.config.image_size)  # noqa: E731
-            return lambda *x: {name + row: values[:, n:] for row, values in rows(*x).items()}
+
+            def follow(*clips: Tensor) -> dict[str, Tensor]:
+                rows = pck(*map(track, clips), 256 / self.config.image_size)
+                return {name + row: values[:, n:] for row, values in rows.items()}
+
+            return follow
         if name == "t_lpips":
             if self.config.image_size % 8 or self.config.image_size < 128:
                 raise Unavailable("t_lpips: RAFT needs frames of 128 pixels or more, in eights")
             change = load_t_lpips(*where)
             return lambda real, video: {name: change(real[:, n - 1 :], video[:, n - 1 :])}
         score = {"psnr": psnr, "ssim": ssim}.get(name) or load_lpips(*where)
-        future = lambda x: x[:, n:].flatten(0, 1)  # noqa: E731
-        return lambda *x: {name: score(*map(future, x)).view(len(x[0]), -1)}
+
+        def by_frame(*clips: Tensor) -> dict[str, Tensor]:
+            values = score(*(x[:, n:].flatten(0, 1) for x in clips))
+            return {name: values.view(len(clips[0]), -1)}
+
+        return by_frame
 
     def pixels(self, nets: dict[str, Callable]) -> Iterator[dict]:
         """Measure model, ceiling, copy and shuffled actions against the real clips in one pass."""
@@ -1067,7 +1070,7 @@ class Evaluation:
             real, new = videos["real"], videos["model"]
             if clips[0] == 0:
                 picture = torch.cat([*torch.cat([real, new, (new - real).abs()], 3)[:4]], 1)
-                data.write_gif(self.folder / "samples.gif", picture, self.model.data["fps"])
+                data.write_gif(self.folder / "samples.gif", picture, self.model.clip_format["fps"])
             for name, (kind, video) in itertools.product(nets, videos.items()):
                 if name in DISTANCES:
                     sums = samples["frechet", name, kind]
@@ -1194,7 +1197,7 @@ class Evaluation:
         if min(won, len(infos) - won) < 2:
             found = f"{split!r} of {self.args.subset_names} has {won} and {len(infos) - won}"
             raise Unavailable(f"success probes need two labelled successes and failures; {found}")
-        infos = [infos[i] for i in spread(len(infos), count)]
+        infos = [infos[i] for i in data.spread(len(infos), count)]
         for info in infos:
             info["times"] = np.arange(0, info["length"], self.config.stride)
             info["seen"] = data.probe_frames(len(info["times"]), 8, "uniform", 1)
@@ -1226,13 +1229,17 @@ class Evaluation:
         y = torch.tensor([float(info["success"]) for info in infos], device=self.device)
         words = np.array([info["language"] for info in infos])
         steps = min(args.max_steps, 50 * math.ceil(len(x) / 32))
+
+        def read(p: np.ndarray, tell: Callable) -> tuple[Tensor, Tensor | None]:
+            return x[p], tell(words[p])
+
         for kind in self.probe_kinds:
             torch.manual_seed(args.seed)
             tell = self.text if kind == "text" else lambda words: None
             text_dim = tell(words[:1]).shape[-1] if kind == "text" else 1
             net = Probe(kind, x.shape[1:], args.probe_width * 3 // 4, text_dim).to(self.device)
-            read = lambda p, tell=tell: (x[p], tell(words[p]))  # noqa: E731
-            probes[kind], net.score = net, fit(net, read, y, held, steps, 1e-3)
+            score = fit(net, functools.partial(read, tell=tell), y, held, steps, 1e-3)
+            probes[kind], net.score = net, score
         return probes
 
     def judge(self, kind: str, features: Tensor, sentence: str) -> Tensor:
@@ -1294,7 +1301,7 @@ class Evaluation:
     def act_in(self, world: data.ToyWorld, actions: Tensor) -> Tensor:
         """Act in the simulator, in model units; give the frames ([V,] k, H, W, 3) after each."""
         config, film = self.config, []
-        gain, _, turn, *_ = data.ACTION_MAPPINGS[self.model.data["action_mapping"]]
+        gain, _, turn, *_ = data.ACTION_MAPPINGS[self.model.clip_format["action_mapping"]]
         scale = np.repeat([gain, turn], 3) * (config.stride if config.action_merge == "sum" else 1)
         for action in actions.cpu().double().numpy():
             for _ in range(config.stride):

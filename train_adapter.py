@@ -172,7 +172,7 @@ def ms_ssim(a: Tensor, b: Tensor, scales: int | None = None) -> Tensor:
     """Compare frames by structure at several scales; one scale is the plain SSIM.
 
     prod_s mean(contrast * structure at scale s)^w_s, at the last scale times luminance
-    [Wang et al. 2003, sec. 3; 11x11 Gaussian window, sigma 1.5]. By default there are five scales
+    [Wang et al. 2003, eq. 7; 11x11 Gaussian window, sigma 1.5]. By default there are five scales
     or as many as leave 11 pixels; the exponents of fewer than five are brought to a sum of 1.
 
     a, b  (..., H, W, 3) in [0, 1] -> (...)
@@ -297,7 +297,7 @@ def cut(z: Tensor, frames: Tensor | None, cells: int, seed: int) -> tuple[Tensor
 
 
 def balance(loss: Tensor, gan: Tensor, last: nn.Parameter, proc: Processes) -> Tensor:
-    """Weigh the GAN so that both losses pull equally at the last layer [Esser 2021, sec. 3.2]."""
+    """Weigh the GAN so that both losses pull alike at the last layer [Esser et al. 2021, eq. 7]."""
     grads = [torch.autograd.grad(x, last, retain_graph=True)[0] for x in (loss, gan)]
     norm, gan_norm = (proc.total(grad).norm() / proc.world for grad in grads)
     return (norm / (gan_norm + 1e-4)).clamp(0, 1e4)

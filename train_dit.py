@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -45,7 +44,6 @@ FIXED = (  # what resuming may not change
     "encoder_type pixel_patch adapter_type dit_size dit_patch wide_head temporal_mode view_rope "
     "objective standardize freeze seed subset_weights"
 ).split()
-BANDWIDTHS = {"B200": 8, "H200": 4.8, "H100": 3.35, "A100": 2.04, "L40S": 0.86, "RTX 4090": 1.01}
 # GFLOP per 256x256 frame, 2 per multiply-add, of the encoders in the paper's table 4.
 ENCODER_GFLOP = {"vae": 270.8, "vavae": 137.9, "cosmos": 47.6, "vjepa2": 154.7}
 ENCODER_GFLOP |= {"scale_rae_webssl": 155.8, "scale_rae_siglip": 211.9}
@@ -158,8 +156,7 @@ def lr_at(step: int, args: Args, steps_per_epoch: float) -> float:
 
 def spread_clips(dataset: EpisodeDataset, count: int) -> Clip:
     """Read up to `count` clips spread evenly over a split, stacked."""
-    picked = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
-    return default_collate([dataset[int(i)] for i in picked])
+    return default_collate([dataset[i] for i in data.spread(len(dataset), count)])
 
 
 @torch.no_grad()
@@ -306,17 +303,17 @@ latents of Bridge V2: {BRIDGE_FRAMES * 2 * cells / 1e12:.2f} TB; GB/s are read f
 {args.num_epochs} epochs of {BRIDGE_CLIPS} clips at {DRY_MFU:.0%} of a GPU's peak; rollout frames/s:
 at 10 steps, exact ({T + 9} frame passes), rolling (11), and if reading the weights were all
 GPU        clips/s    hours     GB/s    exact  rolling  reading""")
-    for name, peak in data.PEAKS.items():
+    for name, (peak, bandwidth) in data.GPUS.items():
         speed = DRY_MFU * peak * 1e12
         pace = world * speed / clip
         row = [pace, args.num_epochs * BRIDGE_CLIPS / pace / 3600, pace * T * 2 * cells / 1e9]
         row += [speed / forward / (T + 9), speed / forward / 11]
-        row += [1e12 * BANDWIDTHS[name] / (11 * 2 * count)]
+        row += [1e12 * bandwidth / (11 * 2 * count)]
         print(f"{name:9}" + "".join(f"{x:9.2f}" for x in row))
     for size, pace, hours in (("S", 218, "6-7 h"), ("L", 33, "34 h")):
         forward = count_costs(DiTConfig(96, 1, **DIT_SIZES[size]), 16, 16)[1]
         work = 10 * pace * (3 * forward + 1e9 * ENCODER_GFLOP["scale_rae_webssl"])
-        mfu = work / (4e12 * data.PEAKS["H100"])
+        mfu = work / (4e12 * data.GPUS["H100"][0])
         print(f"the paper, DiT-{size} on four H100, {hours}: about {pace} clips/s, MFU {mfu:.1%}")
 
 
@@ -401,8 +398,9 @@ def main() -> None:
             f"warning: width {shape.dim} is below the {wide} numbers of a token: noise cannot "
             "pass through it; take a larger --dit_size or an adapter"
         )
-    about = {n: getattr(args, n) for n in ("image_size", "stride", "num_history", "action_merge")}
-    about |= {"action_mapping": train_set.action_mapping, "fps": train_set.fps}
+    kept = "image_size", "stride", "num_history", "action_merge"
+    clip_format = {name: getattr(args, name) for name in kept}
+    clip_format |= {"action_mapping": train_set.action_mapping, "fps": train_set.fps}
 
     # 7. The loop, with one extra turn for the last validation and save.
     batches = run.batches(train_set)
@@ -418,7 +416,7 @@ def main() -> None:
         if run.due(args.save_every) or stopped:
             run.save()
             path = folder / "world_model.safetensors"
-            run.alone(world_model.save_world_model, path, *model, about)
+            run.alone(world_model.save_world_model, path, *model, clip_format)
         if run.step >= run.last_step or stopped:
             break
 

@@ -4,7 +4,7 @@
                                                   DiT + sampler --> next z --decoder--> frames
     actions --------------------------------------+
 
-B batch, V views, T frames, H W pixels, h w latent grid, C latent channels, A action width
+B batch, V views, T frames, k new ones, H W pixels, h w latent grid, C channels, A action width
     frames   (B, T, H, W, 3), with several views (B, V, T, H, W, 3)   floats in [0, 1] or uint8
     z        (B, T, h, V w, C)   latents of the views side by side along the width
     actions  (B, T, A)           action[t] stands beside frame t and drives it to frame t + 1
@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-import data as files
-from adapter import Adapter, PixelDecoder, load_adapter, pack
+import data
+from adapter import Adapter, PixelDecoder, adapter_from, load_adapter, pack
 from data import InputError
 from diffusion import Objective, draw, objective_from, time_shift
-from dit import ContextCache, DiT, load_dit, merge_views, split_views
+from dit import ContextCache, DiT, dit_from, merge_views, split_views
 from encoders import BaseAutoencoder, EncoderConfig, create_autoencoder
 
 Array = Tensor | np.ndarray
@@ -152,7 +152,7 @@ def plan_cem(
     iterations: int = 5,
     generator: Generator | None = None,
 ) -> Plan:
-    """Fit a Gaussian to the best candidates again and again [cross-entropy; 2605.06388, B.5]."""
+    """Fit a Gaussian to the best candidates again and again (cross-entropy)  [2605.06388]."""
     if not 2 <= elites <= population or iterations < 1:
         raise InputError(f"CEM: {elites} elites of {population}; keep 2 or more in 1 turn or more")
     mean, std, tried = start[:, list(dims)], LIMIT / 2, []  # a quarter of the range
@@ -246,37 +246,37 @@ def candidate_cost(
 
 
 def save_world_model(
-    path: str | Path, dit: DiT, objective: Objective, space: LatentSpace, data: dict
+    path: str | Path, dit: DiT, objective: Objective, space: LatentSpace, clip_format: dict
 ) -> None:
     """Write the one file that `WorldModel` needs besides public encoder weights.
 
-    data  {image_size, stride, num_history, action_merge, action_mapping, fps}
+    clip_format  {image_size, stride, num_history, action_merge, action_mapping, fps} of training
     """
     encoder = space.encoder
     tensors, metadata = pack(dit=dit, adapter=space.adapter, pixel_decoder=space.pixel_decoder)
     tensors |= {} if space.mean is None else {"latent.mean": space.mean, "latent.std": space.std}
-    metadata |= {"objective": objective.to_dict(), "data": data, "input_dim": encoder.latent_dim}
-    metadata["encoder_config"] = dataclasses.asdict(encoder.config)
-    metadata["encoder_fingerprint"] = encoder.fingerprint
-    files.save_tensors(path, tensors, metadata)
+    metadata |= {"objective": objective.to_dict(), "data": clip_format}
+    metadata |= {"encoder_config": dataclasses.asdict(encoder.config)}
+    metadata |= {"encoder_fingerprint": encoder.fingerprint, "input_dim": encoder.latent_dim}
+    data.save_tensors(path, tensors, metadata)
 
 
 def load_world_model(
     path: str | Path, encoder_weights: str | None = None, decoder_weights: str | None = None
 ) -> tuple[DiT, Objective, LatentSpace, dict]:
-    """Read what `save_world_model` wrote: (dit, objective, space, data)."""
+    """Read what `save_world_model` wrote: (dit, objective, space, clip_format)."""
     where = str(path)
-    tensors, metadata = files.load_tensors(where)
-    if not {"objective", "encoder_config", "encoder_fingerprint", "data"} <= metadata.keys():
+    tensors, metadata = data.load_tensors(where)
+    stored = "objective data input_dim encoder_fingerprint encoder_config dit_config adapter_config"
+    if not {*stored.split(), "pixel_decoder_config"} <= metadata.keys():
         raise InputError(f"{where}: is not a world model; give world_model.safetensors of a run")
     given = {"weights": encoder_weights, "decoder_weights": decoder_weights}
     values = metadata["encoder_config"] | {name: path for name, path in given.items() if path}
-    encoder = create_autoencoder(files.config_from(EncoderConfig, values, where))
+    encoder = create_autoencoder(data.config_from(EncoderConfig, values, where))
     if encoder.fingerprint != (trained := metadata["encoder_fingerprint"]):
         found = f"was trained on encoder {trained}, here is {encoder.fingerprint}"
         raise InputError(f"{where}: {found}; point encoder_weights at the weights of its training")
-    dit, adapted = load_dit(where), metadata.get("adapter_config") is not None
-    parts = load_adapter(where, trained) if adapted else ()
+    dit, parts = dit_from(tensors, metadata, where), adapter_from(tensors, metadata, where)
     space = LatentSpace(encoder, *parts, num_views=dit.config.num_views)
     space.mean, space.std = tensors.get("latent.mean"), tensors.get("latent.std")
     return dit, objective_from(metadata["objective"], where), space, metadata["data"]
@@ -289,11 +289,11 @@ class WorldModel:
         model.reset(frames[:2], actions[:1])
         new = model.generate_chunk(actions[1:])
 
-    checkpoint_path   that file, or what `load_world_model` makes of it: dit, objective, space, data
+    checkpoint_path   that file, or its parts as `load_world_model` gives them
     device            default: CUDA, else Apple's MPS, else the CPU
     encoder_weights   and decoder_weights: where the public encoder lies here, if not where it lay
     guidance          and context: see `Objective.extend`
-    **draws           noise (B, K, h, V w, C), which fixes every draw, or a seeded `generator`
+    **draws           noise (B, k, h, V w, C), which fixes every draw, or a seeded `generator`
     """
 
     def __init__(
@@ -307,14 +307,14 @@ class WorldModel:
     ):
         if not isinstance(parts := checkpoint_path, tuple):
             parts = load_world_model(checkpoint_path, encoder_weights, decoder_weights)
-        self.dit, self.objective, self.space, self.data = parts
+        self.dit, self.objective, self.space, self.clip_format = parts
         if device is None and torch.accelerator.is_available():
             device = torch.accelerator.current_accelerator()
         config, C = self.dit.config, self.space.latent_dim
         if config.in_channels != C:
             channels = f"the DiT predicts {config.in_channels} channels, the latents have {C}"
             raise InputError(f"{channels}; choose the encoder and adapter of its training")
-        self.device = files.open_device(device or "cpu")
+        self.device = data.open_device(device or "cpu")
         self.sampler = {"guidance": guidance, "context": context}
         self.dit.eval().requires_grad_(False).to(self.device)
         self.space.to(self.device)
@@ -335,7 +335,7 @@ class WorldModel:
     def encode(self, frames: Array) -> Tensor:
         """Encode frames ([B,] [V,] T, H, W, 3) to latents ([B,] T', h, V w, C)."""
         frames, V, s = torch.as_tensor(frames), self.space.num_views, self.space.temporal_stride
-        size, shape, views = self.data["image_size"], tuple(frames.shape), (V,) * (V > 1)
+        size, shape, views = self.clip_format["image_size"], tuple(frames.shape), (V,) * (V > 1)
         batched, T = len(shape) == 5 + len(views), shape[-4] if len(shape) > 3 else 0
         if not T or T % s or shape[batched:] != (*views, T, size, size, 3):
             layout = f"([B,] {f'{V} views, ' * len(views)}T, {size}, {size}, 3)"
@@ -351,23 +351,23 @@ class WorldModel:
 
     def map_actions(self, raw: Array) -> Tensor:
         """Turn raw robot actions (..., 7), in units of the data set, into model units (..., A)."""
-        return torch.as_tensor(files.map_actions(raw, self.data["action_mapping"]))
+        return torch.as_tensor(data.map_actions(raw, self.clip_format["action_mapping"]))
 
     def _actions(self, actions: Array) -> Tensor:
-        """Shape actions for the known samples: (B, K, A)."""
+        """Shape actions for the known samples: (B, k, A)."""
         if self.z is None:
             raise InputError("the world model knows no frame yet; call reset(frames) first")
         return self._shape_actions(actions, len(self.z), self.batched)
 
     def _shape_actions(self, actions: Array, B: int, batched: bool) -> Tensor:
-        """Give actions batch and time axes: (B, K, A), float32 on the model's device."""
+        """Give actions batch and time axes: (B, k, A), float32 on the model's device."""
         given = torch.as_tensor(actions, dtype=torch.float32, device=self.device)
         actions = given[None] if given.ndim == 1 else given
         if actions.ndim == 2:
             actions = actions[:, None] if batched else actions[None]
         A = self.action_dim
         if actions.ndim != 3 or actions.shape[::2] != (B, A) or not actions.shape[1]:
-            takes = f"([{B},] K, {A}), a robot's own numbers through map_actions"
+            takes = f"([{B},] k, {A}), a robot's own numbers through map_actions"
             raise InputError(f"actions are {tuple(given.shape)}; this model takes {takes}")
         if not actions.isfinite().all():
             raise InputError("actions hold NaN or infinity; mend them before the rollout")
@@ -378,7 +378,7 @@ class WorldModel:
 
         -> the frames as floats, on the model's device
         """
-        frames = files.to_floats(frames).to(self.device)
+        frames = data.to_floats(frames).to(self.device)
         z = self.encode(frames)
         z, batched = (z, True) if z.ndim == 5 else (z[None], False)
         n = z.shape[1] * self.space.temporal_stride
@@ -403,15 +403,15 @@ class WorldModel:
 
         Beside the last new frame stands `last`, one action, else a copy of a[-1], until the next
         call overwrites its slot.
-        actions  (A,), (K, A) or (B, K, A); of a batch also (B, A)   ->  ([B,] [V,] K, H, W, 3)
+        actions  (A,), (k, A) or (B, k, A); of a batch also (B, A)   ->  ([B,] [V,] k, H, W, 3)
         """
         actions, s, (B, n, *cell) = self._actions(actions), self.space.temporal_stride, self.z.shape
-        if (K := actions.shape[1]) % s:
-            raise InputError(f"{K} frames to dream: a latent holds {s}; ask for a multiple")
+        if (k := actions.shape[1]) % s:
+            raise InputError(f"{k} frames to dream: a latent holds {s}; ask for a multiple")
         if noise is None:
-            noise = draw(torch.randn, (B, K // s, *cell), self.z, generator)
+            noise = draw(torch.randn, (B, k // s, *cell), self.z, generator)
         last = actions[:, -1:] if last is None else self._actions(last)
-        actions = torch.cat((self.actions[:, :-1], actions, last), 1)  # (B, s n + K, A)
+        actions = torch.cat((self.actions[:, :-1], actions, last), 1)  # (B, s n + k, A)
         beside, keep = self.space.group_actions(actions), self.dit.config.max_frames
         known = self.dit, self.z, beside, torch.as_tensor(noise).to(self.z)
         z, self.cache = self.objective.extend(*known, cache=self.cache, **self.sampler)
@@ -445,7 +445,7 @@ class WorldModel:
     ) -> tuple[Tensor, Tensor]:
         """Let a policy act inside the model.
 
-        policy  newest frame ([B,] [V,] H, W, 3) -> actions (A,), (K, A), (B, A) or (B, K, A)
+        policy  newest frame ([B,] [V,] H, W, 3) -> actions (A,), (k, A), (B, A) or (B, k, A)
         ->      frames ([B,] [V,] n + steps, H, W, 3), actions ([B,] steps, A)
         """
         if steps < 1:
@@ -498,7 +498,7 @@ class Args:
 
 
 def read_actions(path: str | None) -> np.ndarray:
-    """Read actions (K, A), one a line: from .npy or text, or typed up to an empty line."""
+    """Read actions (k, A), one a line: from .npy or text, or typed up to an empty line."""
     try:
         if path is None:
             print("one action a line, numbers separated by spaces; end with an empty line")
@@ -515,21 +515,21 @@ def read_actions(path: str | None) -> np.ndarray:
 
 
 def main() -> None:
-    args = files.parse_args(Args)
+    args = data.parse_args(Args)
     model = WorldModel(args.checkpoint, args.device, args.encoder_weights)
-    with files.reading(args.image, remedy := "give another picture", OSError):
-        picture = files.decode_frame(Path(args.image).read_bytes(), None, args.image, remedy)
-    size, views = model.data["image_size"], np.array_split(picture, model.space.num_views, 1)
-    frames = [files.decode_frame(view, size, args.image, remedy) for view in views]
+    with data.reading(args.image, remedy := "give another picture", OSError):
+        picture = data.decode_frame(Path(args.image).read_bytes(), None, args.image, remedy)
+    size, views = model.clip_format["image_size"], np.array_split(picture, model.space.num_views, 1)
+    frames = [data.decode_frame(view, size, args.image, remedy) for view in views]
     frames = np.stack(frames)[:, None]
     actions = read_actions(args.actions)
     actions = model.map_actions(actions) if args.raw else torch.as_tensor(actions)
     beside, random = torch.cat((actions, actions[-1:])), torch.Generator().manual_seed(args.seed)
     video = model.rollout(frames if len(views) > 1 else frames[0], beside, generator=random)
     video = torch.cat(video.unbind(), -2) if len(views) > 1 else video  # views side by side
-    files.write_gif(args.output, video, model.data["fps"])
+    data.write_gif(args.output, video, model.clip_format["fps"])
     print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":
-    files.run_cli(main)
+    data.run_cli(main)

@@ -598,7 +598,7 @@ def test_ten_bad_losses_in_a_row_stop_the_run_with_names_and_a_checkpoint(
 
 
 def test_the_log_has_every_column_and_a_curve(episodes, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PEAKS", {"": 1})  # any device: 1 TFLOP/s
+    monkeypatch.setattr(data, "GPUS", {"": (1, 1)})  # any device: 1 TFLOP/s
     folder = train(episodes, tmp_path / "run", "--max_steps", 3)
     log = [row for row in rows(folder) if row["loss"]]
     names = "loss grad_norm lr clips_per_s ms_per_step mfu minutes_left memory_gb".split()
@@ -686,7 +686,7 @@ def test_the_world_model_file_repeats_the_training_time_sample(episodes, straigh
     frames, actions = EpisodeDataset(config, "test")[0]
     model = WorldModel(straight / "world_model.safetensors", device="cpu")
     seed = torch.Generator().manual_seed(3)
-    n = model.data["num_history"]
+    n = model.clip_format["num_history"]
     video = model.rollout(frames[:n], actions, generator=seed)
     assert video.shape == frames.shape and torch.equal(video[:n], frames[:n])
     with Image.open(straight / "sample_0000006.gif") as gif:

@@ -333,7 +333,7 @@ def test_a_file_of_another_encoder_or_kind_is_refused(tmp_path, model):
 def test_actions_are_mapped_as_in_training(model):
     raw = np.random.default_rng(0).uniform(-0.05, 0.05, (3, 7))
     for name in ("bridge", "viola"):
-        model.data = ABOUT | {"action_mapping": name}
+        model.clip_format = ABOUT | {"action_mapping": name}
         assert np.array_equal(model.map_actions(raw).numpy(), map_actions(raw, name))
 
 
