@@ -6,6 +6,9 @@
 
     shard or folder --read--> episode --convert--> NNNNNNNNN.safetensors --EpisodeDataset--> clip
 
+In this order: errors, files, processes, pictures; episode files; public data sets; the toy world;
+converting; clips; runs; looking at what was converted.
+
 frames   (T, H, W, 3) or (V, T, H, W, 3)   float32 in [0, 1]
 actions  (T, A)                            action[t] drives frame t to frame t + 1
 Sources: RLDS (Ramos et al. 2021, arXiv 2111.02767), Bridge V2 (Walke et al. 2023, arXiv
@@ -448,13 +451,6 @@ class Episode:
         if len({frame.shape for frame in frames}) > 1:
             raise InputError(f"{where}: its frames differ in size; {REMEDY} with one size")
         return np.stack(frames).reshape(len(views), len(times), *frames[0].shape)
-
-
-def read_episode(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Read a whole file: frames uint8 (T, H, W, 3) or (V, T, H, W, 3), actions, metadata."""
-    episode = Episode(path)
-    frames = episode.frames(range(len(episode)), episode.views, None)
-    return frames[0] if len(frames) == 1 else frames, episode.actions, episode.metadata
 
 
 def append_index(folder: str | Path, record: dict) -> None:

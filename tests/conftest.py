@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from data import Episode
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +22,10 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the optional test data beside the repository")
     return folder
+
+
+def read_episode(path: Path) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Frames uint8 (T, H, W, 3) or (V, T, H, W, 3), actions and metadata of a whole file."""
+    episode = Episode(path)
+    frames = episode.frames(range(len(episode)), episode.views, None)
+    return frames[0] if len(frames) == 1 else frames, episode.actions, episode.metadata

@@ -25,6 +25,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import read_episode
 from PIL import Image, ImageFile
 from tqdm import tqdm
 
@@ -113,7 +114,7 @@ def test_episode_file_returns_jpeg_bytes_actions_and_metadata(tmp_path):
     episode = data.Episode(path)
     for v, view in enumerate((0, 3)):
         assert [episode.jpeg_bytes(t, view) for t in range(4)] == frames[v]
-    shown, read, found = data.read_episode(path)
+    shown, read, found = read_episode(path)
     assert shown.shape == (2, 4, 32, 32, 3) and np.array_equal(read, actions) and found == metadata
 
 
@@ -128,7 +129,7 @@ def test_frames_that_are_no_fitting_jpeg_are_encoded_once(tmp_path, kind):
     )
     path = tmp_path / "000000000.safetensors"
     data.write_episode(path, frames, np.zeros((3, 10)), {}, size=32)
-    shown, _, _ = data.read_episode(path)
+    shown, _, _ = read_episode(path)
     assert shown.shape == (3, 32, 32, 3)
     wanted = np.stack([np.asarray(Image.fromarray(i).resize((32, 32), 3)) for i in images])
     # smooth pictures; JPEG at quality 95 (and 90 before it) with halved colour resolution
@@ -168,7 +169,7 @@ def test_clip_needs_no_byte_of_other_frames(tmp_path):
     info["path"].write_bytes(content)
     assert torch.equal(dataset[0].frames, frames)
     with pytest.raises(data.InputError, match="not a JPEG"):
-        data.read_episode(info["path"])
+        read_episode(info["path"])
 
 
 def test_index_line_cut_by_a_kill_was_never_written(tmp_path):
@@ -199,7 +200,7 @@ def test_clip_is_the_frames_and_actions_that_its_key_names(tmp_path):
     frames, actions = dataset[3, 1]
     times = dataset.info((3, 1))["times"]
     assert np.array_equal(actions[:, 0], times) and np.array_equal(np.diff(times), [3, 3, 3])
-    whole, _, _ = data.read_episode(dataset.info(1)["path"])
+    whole, _, _ = read_episode(dataset.info(1)["path"])
     assert torch.equal(frames, torch.from_numpy(whole[times]) / 255) and frames.max() <= 1
     starts = {int(dataset.info((draw, 1))["times"][0]) for draw in range(300)}
     assert starts == set(range(25 - 9))  # every start that fits, and no other
@@ -588,7 +589,7 @@ def test_other_image_sizes_and_integer_features_are_read_by_their_schema(tmp_pat
         step |= {"is_first": np.bool_(t == 0), "count": np.int64(t), "reward": np.int32(t == 2)}
     source = write_rlds(tmp_path / "rlds", {"train": [[example]]})
     (episode,) = episodes_of(convert(source, tmp_path / "out"))
-    assert data.read_episode(episode.path)[0].shape == (3, 32, 32, 3)
+    assert read_episode(episode.path)[0].shape == (3, 32, 32, 3)
     assert episode.metadata["success"] is True
 
 
@@ -1413,7 +1414,7 @@ def test_two_hundred_damaged_files_give_clean_errors(tmp_path, reader):
         def read():
             dataset[0]
             if reader == "episode":
-                data.read_episode(path)
+                read_episode(path)
 
     content, errors = path.read_bytes(), 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import read_episode
 from PIL import Image
 from torch import nn
 
@@ -709,7 +710,7 @@ class Simulator(nn.Module):
         self.config = DiTConfig(in_channels=192, dim=32, depth=1, heads=1, max_frames=5)
         self.space, self.deaf, self.states = space, deaf, {}
         for path in [] if deaf else sorted((folder / "toy" / "test").glob("0*.safetensors")):
-            frames, _, metadata = data.read_episode(path)
+            frames, _, metadata = read_episode(path)
             world = data.toy_state_at(metadata, 0)
             for t, frame in enumerate(frames[0]):
                 self.keep(torch.from_numpy(frame)[None, None] / 255, world)

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from conftest import read_episode
 
 from data import (
     COLOURS,
@@ -19,7 +20,6 @@ from data import (
     ToyWorld,
     generate_toy,
     locate,
-    read_episode,
     toy_episode,
     toy_policy,
     toy_state_at,
