@@ -1850,17 +1850,7 @@ class Run:
         elif any((folder / name).exists() for name in ("last.pt", "previous.pt")):
             raise InputError(f"{folder}: holds a run; --resume {folder} or take another folder")
         if proc.rank == 0:
-            write_atomic(folder / "config.json", json.dumps(self.config, indent=1).encode())
-            for path in folder.glob(".*.tmp"):  # of a run that was killed
-                path.unlink()
-            old = self.log.read_text(errors="replace") if self.log.exists() else ""
-            lines = [",".join(columns) + "\n"]
-            for line in re.findall(r"^\d+,.*,.*\n", old, re.MULTILINE):  # whole ones
-                step, loss = line.split(",", 2)[:2]
-                again = not loss and int(step) == self.step and self.due(args.val_every)
-                if int(step) <= self.step and not again:  # that validation is done once more
-                    lines.append(line)
-            write_atomic(self.log, "".join(lines).encode())
+            self.prepare()
         self.signals: list[int] = []
         self.handlers = {
             number: signal.signal(number, lambda number, _: self.signals.append(number))
@@ -1877,6 +1867,20 @@ class Run:
         hidden = proc.rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=self.last_step, initial=self.step, disable=hidden)
         self.since, self.began = self.step, time.perf_counter()
+
+    def prepare(self) -> None:
+        """Write config.json and the log up to this step; remove what a killed run left behind."""
+        write_atomic(self.folder / "config.json", json.dumps(self.config, indent=1).encode())
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink()
+        old = self.log.read_text(errors="replace") if self.log.exists() else ""
+        lines = [",".join(self.columns) + "\n"]
+        for line in re.findall(r"^\d+,.*,.*\n", old, re.MULTILINE):  # whole ones
+            step, loss = line.split(",", 2)[:2]
+            again = not loss and int(step) == self.step and self.due(self.args.val_every)
+            if int(step) <= self.step and not again:  # that validation is done once more
+                lines.append(line)
+        write_atomic(self.log, "".join(lines).encode())
 
     def load(self) -> None:
         """Go on from the newest checkpoint that is whole."""
