@@ -767,11 +767,11 @@ def make_row(name: str, statistic: str, kinds: dict[str, Tensor]) -> dict:
 def in_table(name: str, row: dict) -> str:
     """Write a result as a line: direction, value, interval, N and what stands beside it."""
     if row["value"] is None:
-        place = f"\n{'':32} fetch {row['url']}\n{'':32} to {row['path']}" if row.get("url") else ""
-        return f"{name:32} null: {row.get('reason') or 'no clip has a value'}{place}"
+        place = f"\n{'':38} fetch {row['url']}\n{'':38} to {row['path']}" if row.get("url") else ""
+        return f"{name:38} null: {row.get('reason') or 'no clip has a value'}{place}"
     interval = "[{}, {}]".format(*map(show, row["ci"])) if row["ci"] else ""
     beside = [f"{kind} {show(x)}" for kind, x in row.get("beside", {}).items()]
-    line = f"{name:32} {row['better']:6} {show(row['value']):>8} {interval:19} {row['n']:5}"
+    line = f"{name:38} {row['better']:6} {show(row['value']):>8} {interval:19} {row['n']:5}"
     return "  ".join([line, *beside, row.get("note", "")])
 
 
@@ -1009,6 +1009,17 @@ class Evaluation:
         x = self.space.adapter.decode(x).float() if self.space.adapter else x
         return merge_views(x) if self.space.num_views > 1 else x
 
+    def encode_all(self, infos: Sequence[dict], look: Callable, label: str) -> Tensor:
+        """Give the features (N, ...) of all clips, look(info) (1, ...) of each, in half precision.
+
+        Every process encodes its share and gets all, in main memory.
+        """
+        (rank, world), first = self.out.proc[:2], look(infos[0])[0]
+        x = torch.zeros(len(infos), *first.shape, dtype=torch.half)
+        for j in tqdm(range(rank, len(infos), world), label, disable=rank > 0 or None, leave=False):
+            x[j] = look(infos[j])[0]
+        return self.out.proc.total(x).cpu()
+
     # -- pixels
 
     def videos(
@@ -1149,7 +1160,7 @@ class Evaluation:
         yield {k: row | {"note": note} for k, row in self.out.rows().items()}
 
     def bank(self, clips: data.EpisodeDataset) -> tuple[Tensor, Tensor, np.ndarray, bool]:
-        """Encode clips of the train split, once for all horizons; each process holds its own.
+        """Encode clips of the train split, once for all horizons.
 
         features  (N, T, cells, C)   half precision in main memory; eight windows of the longest
                                      horizon a step, no more than BANK bytes (800 of V-JEPA)
@@ -1157,17 +1168,19 @@ class Evaluation:
         held      (N,)               of every tenth episode, which chooses the weights
         cut       whether more clips were wanted
         """
-        shape = self.real_features(self.filmed(clips.info(0))).flatten(2, 3).shape[1:]
+
+        def look(info: dict) -> Tensor:
+            return self.real_features(self.filmed(info)).flatten(2, 3)
+
+        shape = look(clips.info(0)).shape[1:]
         most = math.ceil(8 * self.args.max_steps / (shape[0] - max(self.horizons)))
         count = max(2, min(most, BANK // (2 * math.prod(shape))))
         keys = data.ClipSampler(clips, count).batch(0)
-        bank, actions = torch.empty(count, *shape, dtype=torch.half), []
-        for j in tqdm(range(count), "training clips", disable=None, leave=False):
-            info = clips.info(keys[j])
-            bank[j] = self.real_features(self.filmed(info)).flatten(2, 3)[0]
-            actions.append(self.recorded(info)[..., :7])
+        infos = [clips.info(key) for key in keys]
+        actions = torch.cat([self.recorded(info)[..., :7] for info in infos])
         _, episode = np.unique([i for _, i in keys], return_inverse=True)
-        return bank, torch.cat(actions), episode % 10 == 0, count < most
+        bank = self.encode_all(infos, look, "training clips")
+        return bank, actions, episode % 10 == 0, count < most
 
     def fit_idm(self, k: int, bank: Tensor, actions: Tensor, held: np.ndarray) -> Probe:
         """Train a probe on all windows of k + 1 frames in the bank's clips."""
@@ -1221,11 +1234,14 @@ class Evaluation:
     @functools.cached_property
     def probes(self) -> dict[str, Probe]:
         """Train the success probes on real features; every fifth episode chooses the weights."""
-        args, infos, x, probes = self.args, self.labelled("train", 2000), [], {}
+        args, infos, probes = self.args, self.labelled("train", 2000), {}
         infos.sort(key=lambda info: info["success"])  # so that both parts have both classes
-        for info in tqdm(infos, "features", disable=None, leave=False):
-            x.append(self.pooled(self.real_features(self.filmed(info, info["seen"]))).half())
-        x, held = torch.cat(x), np.arange(len(x)) % 5 == 0
+
+        def look(info: dict) -> Tensor:
+            return self.pooled(self.real_features(self.filmed(info, info["seen"])))
+
+        x = self.encode_all(infos, look, "features").to(self.device)
+        held = np.arange(len(x)) % 5 == 0
         y = torch.tensor([float(info["success"]) for info in infos], device=self.device)
         words = np.array([info["language"] for info in infos])
         steps = min(args.max_steps, 50 * math.ceil(len(x) / 32))
@@ -1251,13 +1267,13 @@ class Evaluation:
         """Judge real and dreamed test episodes by the probes that learned from real ones."""
         label = f"probe {' '.join(self.probe_kinds)}"
         yield
-        infos = self.labelled(self.args.split, self.args.num_episodes)
+        infos, probes = self.labelled(self.args.split, self.args.num_episodes), self.probes
         for i, info in self.out.share([*enumerate(infos)], label):
             z = self.space.encode(self.filmed(info, slice(self.n)))
             z = self.dream(z, self.recorded(info), [i])[:, info["seen"]]
             real = self.real_features(self.filmed(info, info["seen"]))
             features = {"model": self.dreamed_features(z), "real": real}
-            for kind, source in itertools.product(self.probes, features):
+            for kind, source in itertools.product(probes, features):
                 score = self.judge(kind, features[source], info["language"])[0].item()
                 for statistic in ("accuracy", "balanced_accuracy", "auc"):
                     clips = self.out.samples[statistic, f"probe_{kind}_{statistic}", source]

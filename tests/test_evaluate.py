@@ -995,6 +995,16 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     assert {"fid", "idm_r_k1", "probe_temporal_auc"} <= one["metrics"].keys()
 
 
+def test_a_process_encodes_its_share_of_the_training_clips_alone():
+    class Second(data.Processes):
+        total = staticmethod(lambda x: x)  # what the other one has is missing
+
+    proc = Second(1, 2, CPU)
+    stub = SimpleNamespace(out=SimpleNamespace(proc=proc))
+    x = evaluate.Evaluation.encode_all(stub, range(5), lambda i: torch.full((1, 3), i + 1.0), "")
+    assert x[:, 0].tolist() == [0, 2, 0, 4, 0] and x.dtype == torch.half
+
+
 @pytest.mark.parametrize(
     "metrics, work, damaged",
     [("psnr,fid", "videos", False), ("controllability", "search", False)]
