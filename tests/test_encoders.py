@@ -641,7 +641,8 @@ def test_web_dino_agrees_with_transformers(tmp_path, side, swiglu):
 def test_siglip_agrees_with_transformers(tmp_path, tower_only):
     model = siglip(tmp_path, tower_only)
     seen = []
-    model.encoder.layers[-1].register_forward_hook(
+    layers = getattr(model, "vision_model", model).encoder.layers  # the name before transformers 5
+    layers[-1].register_forward_hook(
         lambda module, args, out: seen.append(out if isinstance(out, torch.Tensor) else out[0])
     )
     frames = torch.rand(1, 2, 80, 80, 3)
