@@ -65,6 +65,7 @@ from tqdm import tqdm
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EFBIG)
+NO_PLACE += (errno.EEXIST,)
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # damaged text
 
 
@@ -88,6 +89,9 @@ def run_cli(main: Callable[[], None]) -> None:
             raise
         print(f"error: {error}{remedy}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def show_flags(config: Any) -> None:
@@ -132,6 +136,8 @@ def parse_args(cls: type, toy: Any = None, default: Any = None) -> Any:
 def write_atomic(path: str | Path, write: bytes | Callable[[Path], Any]) -> None:
     """Write beside `path` (bytes, or by a function of a path), fsync, rename: all or nothing."""
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -139,6 +145,10 @@ def write_atomic(path: str | Path, write: bytes | Callable[[Path], Any]) -> None
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and not error.filename:  # of a full disk
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -156,7 +166,8 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: d
 def reading(path: str | Path, remedy: str, *faults: type) -> Iterator[None]:
     """Turn what goes wrong while a file is read into an InputError that names it."""
     if not Path(path).is_file():
-        raise MissingFileError(f"{path}: no such file; check the path")
+        fault = "a folder" if Path(path).is_dir() else "no such file"
+        raise MissingFileError(f"{path}: {fault}; check the path")
     try:
         yield
     except InputError:
@@ -164,7 +175,7 @@ def reading(path: str | Path, remedy: str, *faults: type) -> Iterator[None]:
     except faults as error:
         text = re.sub("\x1b.*?m", "", str(error))  # torch colours its words
         name, (said, *_) = type(error).__name__, [*text.splitlines(), ""]
-        reason = f"{name}: {said}" if said else name
+        reason = f"{name}: {said.partition('. ')[0]}" if said else name
         raise InputError(f"{path}: truncated or of another format ({reason}); {remedy}") from error
 
 
@@ -263,6 +274,12 @@ class Processes(NamedTuple):
             torch.distributed.all_reduce(votes, group=self.patient)
         return votes.item() > 0
 
+    def leave(self) -> None:
+        """Leave the group when all are done."""
+        if self.world > 1:
+            self.meet()
+            torch.distributed.destroy_process_group()
+
 
 def open_device(name: str | torch.device) -> torch.device:
     """Return a device, tried; one that is not here is an InputError."""
@@ -357,7 +374,8 @@ def open_frame(
             raise ValueError(f"{opened.size} pixels")
         yield opened
     except Exception as error:  # OSError, zlib.error, SyntaxError, ...: Pillow names no types
-        fault = f"not a JPEG, PNG or uint8 (H, W, 3) image, or a broken one ({error})"
+        reason = re.sub(r" <.*?>", "", str(error))
+        fault = f"not a JPEG, PNG or uint8 (H, W, 3) image, or a broken one ({reason})"
         raise InputError(f"{where}: {fault}; {remedy}") from error
 
 
@@ -366,6 +384,8 @@ def decode_frame(
 ) -> np.ndarray:
     """Return an image as uint8 (H, W, 3), resized to `size` squared unless that is None."""
     with open_frame(image, where, remedy) as rgb:
+        if rgb.mode.startswith("I"):  # 16 bits: Pillow would cut them off at 255
+            rgb = Image.fromarray((np.asarray(rgb) >> 8).astype(np.uint8))
         rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
         if size and rgb.size != (size, size):
             rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
@@ -700,6 +720,11 @@ def read_shard(path: Path, source: Source, rlds: tuple, check: bool) -> Iterator
 NUMPY = threading.Lock()  # Python 3.11 cannot parse the headers of two arrays at once
 
 
+def natural(path: Path) -> list:
+    """Order names as people do: frame 9 before frame 10."""
+    return [int(x) if i % 2 else x for i, x in enumerate(re.split(r"(\d+)", path.name))]
+
+
 def read_own(path: Path) -> Iterator[Any]:
     """Yield the one episode of an .npz file, or of a folder of images with actions.npy."""
     remedy = "an episode needs frames (T, H, W, 3) or (V, T, H, W, 3) and actions (T, 7 to 10)"
@@ -715,8 +740,8 @@ def read_own(path: Path) -> Iterator[Any]:
         else:
             with NUMPY, reading(array, remedy, Exception):
                 actions = np.load(array).astype(np.float64)
-            cameras = sorted(p for p in path.glob("[!.]*") if p.is_dir()) or [path]
-            names = [sorted(c.glob("[!.]*.[jJpP][pPnN]*[gG]")) for c in cameras]
+            cameras = sorted((p for p in path.glob("[!.]*") if p.is_dir()), key=natural) or [path]
+            names = [sorted(c.glob("[!.]*.[jJpP][pPnN]*[gG]"), key=natural) for c in cameras]
             frames = [[name.read_bytes() for name in view] for view in names]
             if about.exists():
                 with reading(about, "mend or remove it", *DAMAGED):
@@ -1146,11 +1171,14 @@ def generate_toy(output_dir: str | Path, config: ToyConfig | None = None) -> Pat
 class Args:
     """Download and convert robot data, or look at converted data.
 
-    Public sets: those of SOURCES in data.py. bridge_v2 is its authors' (124 GB); `bridge`,
-    the copy in the Open X-Embodiment bucket, is an OLDER data set (387 GB, 480x640). Own data:
+    Public sets: bridge_v2, its authors' (124 GB), and bridge_v2_multiview, soar,
+    libero_{10,object,goal,spatial}, rt_1, taco_play, jaco_play, berkeley_cable_routing, roboturk,
+    nyu_door_opening_surprising_effectiveness, viola, berkeley_autolab_ur5, toto; `bridge`, the copy
+    in the Open X-Embodiment bucket, is an OLDER data set (387 GB, 480x640). Own data:
     --source FOLDER with an .npz an episode (frames ([V,] T,H,W,3) uint8, actions (T,7-10), optional
-    language, success, fps), or a folder an episode (images in order of name, or a folder
-    of them a camera; actions.npy; optional metadata.json), below train/ and test/ or split by hash.
+    language, success, fps), or a folder an episode (images in the order of their numbers, or a
+    folder of them a camera; actions.npy; optional metadata.json), below train/ and test/ or split
+    by hash.
     """
 
     dataset_name: str = "bridge_v2"  # public data set, or the name of your own
@@ -1160,7 +1188,7 @@ class Args:
     max_shards: int = 0  # convert only the first shards of each split (0: all)
     image_size: int = 256  # frames of another size are resized
     action_mapping: str = ""  # default: the data set's; own data: raw
-    fps: float = 0.0  # frames a second (default: the data set's; own data: 5)
+    fps: float = 0.0  # frames a second (default: the set's; own data: its first episode's, or 5)
     num_workers: int = 4  # shards in flight at once
     check_crc: bool = True  # verify the checksum of every record
     on_error: Literal["stop", "skip"] = "stop"  # at a bad episode: stop, or leave it out, listed
@@ -1302,8 +1330,12 @@ def open_source(args: Args, folder: Path, records: list[dict]) -> tuple:
         if len(found) > 1:
             raise InputError(f"{where}: {len(found)} data sets ({found[0]}, ...); name one of them")
         if not found:
-            own = Source("", None, "", "raw", 5.0, "")
-            return own, Path(where), "", list_own(Path(where), records), read_own
+            if args.splits or args.max_shards:
+                raise InputError("splits and max_shards choose public shards; leave them out")
+            shards = list_own(Path(where), records)
+            first = next(read_own(Path(where) / shards[0].name))
+            fps = first[2].get("fps", 5.0) if isinstance(first, tuple) else 5.0
+            return Source("", None, "", "raw", fps, ""), Path(where), "", shards, read_own
         base = found[0].parent
     if not public:
         raise InputError(f"{where}: RLDS data; say which with --dataset_name: {names}")
@@ -1368,13 +1400,15 @@ def convert(args: Args) -> None:
     source, base, url, shards, read = open_source(args, folder, records)
     mapping = args.action_mapping or source.mapping
     map_actions(np.zeros(7), mapping)  # an unknown name ends here
-    header = {"dataset": args.dataset_name, "fps": args.fps or source.fps}
+    fps = args.fps or (before["fps"] if records else source.fps)
+    header = {"dataset": args.dataset_name, "fps": fps}
     header |= {"action_mapping": mapping, "image_size": args.image_size}
-    if before not in ({}, header):
+    if records and before != header:
         raise InputError(f"{folder} was written with {before}, not {header}; take another one")
     if not (before or shards):
         raise InputError(f"{folder}: nothing to convert; check --source and --splits")
-    if not before:
+    if before != header:
+        (folder / "index.jsonl").unlink(missing_ok=True)  # of a run that finished no shard
         append_index(folder, header)
     for path in folder.glob("*/.*.tmp"):  # of a run that was killed
         path.unlink()
@@ -1745,6 +1779,13 @@ def check_flags(args: Any, counts: str) -> None:
             raise InputError(f"{name} is {value}; it must be at least 1")
         if type(value) in (int, float) and not 0 <= value < math.inf:
             raise InputError(f"{name} is {value}; give a number that is at least 0")
+    check_seed(args.seed)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that NumPy's generators cannot take."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}; give a number from 0 to 2^32 - 1")
 
 
 def begin(cls: type, toy: Any, fixed: Sequence[str]) -> tuple[Any, Processes]:
@@ -1773,7 +1814,8 @@ def fill_cache(
 ) -> None:
     """Have all processes write the latent cache of the training clips; stride frames a latent."""
     if stride > 1:
-        raise InputError("cache_latents: these features depend on the clip; leave the flag out")
+        fault = "these features depend on the clip and cannot be cached"
+        raise InputError(f"cache_latents: {fault}; give --cache_latents false")
     write_latent_cache(config, "train", fingerprint, encode, (proc.rank, proc.world))
     proc.meet()
 
@@ -2025,16 +2067,18 @@ class Run:
             self.say(f"step {self.step}: {', '.join(texts)}")
 
     def add(self, **values: torch.Tensor) -> None:
-        """Collect losses of a micro step; `report` gives their means."""
+        """Collect losses of a micro step; `report` gives their means from when they began."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach() / self.args.grad_accum
+            total, first = self.sums.get(name, (0.0, self.step))
+            self.sums[name] = total + value.detach() / self.args.grad_accum, first
 
     def report(self, lr: float, **norms: torch.Tensor) -> None:
         """Log the mean losses since the last report; stop after ten steps that were not finite."""
         if self.step % self.args.log_every and self.step < self.last_step:
             return
         steps = self.step - self.since
-        means = torch.stack([*(x / steps for x in self.sums.values()), *norms.values()])
+        means = [total / (self.step - first) for total, first in self.sums.values()]
+        means = torch.stack([*means, *norms.values()])
         means = self.proc.total(torch.cat((means, self.in_a_row[None])))
         *means, bad = (means / self.proc.world).tolist()  # the only host sync
         row = {"step": self.step, **dict(zip((*self.sums, *norms), means, strict=True)), "lr": lr}
@@ -2095,8 +2139,7 @@ class Run:
                 launch += f" --nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT"
             command = f"{launch} {Path(sys.argv[0]).name} --resume {self.folder}"
             self.say(f"stopped at step {self.step}; go on with: {command}")
-        if self.proc.world > 1:
-            torch.distributed.destroy_process_group()
+        self.proc.leave()
 
 
 # --- Looking at converted data, and the command line.
@@ -2136,8 +2179,12 @@ def inspect(folder: Path) -> None:
                 ImageDraw.Draw(sheet[-1]).text((2, 1), label, "black")
             movie.append(episode.frames(np.minimum(range(50), last), episode.views[:1], 128)[0])
     errors = [error for record in records for error in record.get("errors", ())]
-    reasons = Counter(re.sub(r"\S*[\d/]\S*", "", error) for error in errors)
-    print(f"left out by the conversion: {len(errors)}", *reasons.most_common(), sep="\n  ")
+    reasons = Counter()
+    for error in errors:  # without the names of episode and file, without numbers
+        reason = re.sub(r"^.*?, episode \d+: |\S*/\S*", "", error)
+        reasons[re.sub(r"\d+", "N", reason).strip()] += 1
+    print(f"left out by the conversion: {len(errors)}")
+    print(*(f"  {count} x {reason}\n" for reason, count in reasons.most_common()), sep="", end="")
     image = Image.fromarray(np.concatenate([*map(np.asarray, sheet)]))
     write_atomic(folder / "contact_sheet.png", lambda path: image.save(path, "PNG"))
     write_gif(folder / "episodes.gif", np.concatenate(movie[:6], axis=2), header["fps"])

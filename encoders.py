@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -857,13 +856,15 @@ def main() -> None:
             except MissingFileError:
                 found = False
             print(f"{row}{'yes' if found else 'no'}")
+        print("latent of a 256x256 frame; encoder + decoder; adapter: the paper compresses it so")
         return
-    with data.reading(args.image, "name a picture", OSError):
-        photo = Image.open(args.image).convert("RGB").resize((256, 256), Image.Resampling.BICUBIC)
-    encoder, frames = create_autoencoder(args), data.to_floats(np.asarray(photo))[None]
+    with data.reading(args.image, remedy := "name a picture", OSError):
+        photo = data.decode_frame(Path(args.image).read_bytes(), 256, args.image, remedy)
+    encoder, frames = create_autoencoder(args), data.to_floats(photo)[None]
     z = encoder.encode(frames)  #                                           (T = 1, h, w, C)
     x = z[0] - z[0].mean((0, 1))
     rgb = x @ torch.linalg.svd(x.flatten(0, 1), full_matrices=False)[2][:3].T
+    rgb = F.pad(rgb, (0, 3 - rgb.shape[-1]))  # one cell has one axis
     low, high = rgb.flatten(0, 1).quantile(torch.tensor([0.01, 0.99]), dim=0)
     colours = (rgb - low) / (high - low).clamp(min=1e-6)
     pictures = [frames[0], *(encoder.decode(z) if encoder.has_decoder else ()), colours]

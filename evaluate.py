@@ -7,8 +7,10 @@
 
 Every number stands beside what it must be read against: the encode-decode ceiling, the last known
 frame repeated, another clip's actions, a search without signal, real features. Protocols: arXiv
-2605.06388, sec. 4, app. B. A clip's noise depends on the clip alone: any number of processes gives
-the same numbers. Shapes: B clips, V views, T frames, H W pixels, h w latent grid, C channels.
+2605.06388, sec. 4, app. B. Metrics: psnr ssim lpips t_lpips fid fid_tv fvd fvd_r3d pck pck_patch,
+controllability idm, probe policy; in the toy world counterfactual objects goal. A clip's noise
+depends on the clip alone: any number of processes gives the same numbers.
+Shapes: B clips, V views, T frames, H W pixels, h w latent grid, C channels.
 """
 
 from __future__ import annotations
@@ -91,6 +93,7 @@ PRESETS = {  # released models DiT-{S,B,L}_NAME: encoder, hub folder
 RELEASED = {"image_size": 256, "stride": 2, "num_history": 2, "action_merge": "drop", "fps": 5}
 RELEASED["action_mapping"] = "bridge"
 PACKAGES = "torch torchvision numpy scipy transformers safetensors lpips pillow"
+OWN = {"policy": "policy", "probe": "text_weights", "fvd": "i3d_path", "pck": "cotracker"}
 PAUSE = 30  # seconds at least from one note of unfinished metrics on disk to the next
 BANK = 4 << 30  # bytes of features, at most, that the inverse-dynamics probe learns from
 PROBES = {"linear": 0, "temporal": 1, "spatiotemporal": 2, "progress": 1, "text": 6, "idm": 6}
@@ -142,13 +145,14 @@ class Args:
         for name, known in (("metrics", METRICS), ("searches", PLANNERS)):
             if unknown := {*getattr(self, name).split(",")} - {*known}:
                 raise InputError(f"{name}: no {sorted(unknown)}; choose among {', '.join(known)}")
-        if not all(k.isdigit() and int(k) > 0 for k in self.horizons.split(",")):
+        if not all(k.isdecimal() and int(k) > 0 for k in self.horizons.split(",")):
             raise InputError(f"horizons {self.horizons!r}: give numbers from 1 on, such as 1,4")
         least = {"num_episodes": 2, "windows": 2, "population": 16, "batch_size": 1, "max_steps": 1}
         least |= {"policy_starts": 2, "policy_trials": 1, "policy_steps": 8, "probe_width": 32}
         least |= {k: 1 for k in ("num_context", "num_frames") if getattr(self, k) is not None}
         if small := [f"{name} >= {n}" for name, n in least.items() if getattr(self, name) < n]:
             raise InputError(f"need {', '.join(small)}")
+        data.check_seed(self.seed)
 
 
 TOY = Args(subset_names="toy", num_episodes=64, windows=16, population=64)
@@ -448,7 +452,8 @@ def track_patches(clips: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
 def load_cotracker(source: str | None, device: Device) -> Callable[[Tensor, Tensor], tuple]:
     """Open CoTracker3 through torch.hub (runs its code): `source` is 'hub' or a local clone."""
     if source != "hub" and not (source and (Path(source) / "hubconf.py").is_file()):
-        reason = f"pck needs CoTracker: --cotracker {source} has no hubconf.py (its code is run)"
+        what = f"no hubconf.py in {source}" if source else "none named"
+        reason = f"pck needs CoTracker by --cotracker, 'hub' or a clone (its code is run): {what}"
         raise Unavailable(reason, WEIGHTS["pck"], source or "co-tracker")
     place = ("facebookresearch/co-tracker", "github") if source == "hub" else (source, "local")
     try:
@@ -740,6 +745,8 @@ def make_row(name: str, statistic: str, kinds: dict[str, Tensor]) -> dict:
     row, model = {"better": "lower" if re.match(LOWER, name) else "higher"}, kinds["model"]
     if statistic == "frechet":
         real, *grams = (kinds[kind].sum(0) for kind in ("real", *KINDS))
+        if real[0, 0] < 2:
+            return row | {"value": None, "reason": "one sample has no covariance; give more clips"}
         value, *beside = (frechet_distance(*moments(real), *moments(x)) for x in grams)
         n, dim = int(real[0, 0]), len(real) - 1
         if n <= 2 * dim:
@@ -777,6 +784,7 @@ def in_table(name: str, row: dict) -> str:
 
 def in_words(metrics: dict[str, dict]) -> Iterator[str]:
     """Say whether the model listens to its actions and whether it is better than a copy."""
+    seen = ", as far as these clips can tell"
     for name, row in metrics.items():
         if row.get("n") == 1:  # nothing is sure
             continue
@@ -785,16 +793,25 @@ def in_words(metrics: dict[str, dict]) -> Iterator[str]:
         gaps = {kind: ci or [0] for kind, (_, ci) in row.get("minus", {}).items()}
         above = {kind: min(sign * x for x in ci) > 0 for kind, ci in gaps.items()}  # surely better
         if name in ("psnr", "ssim", "lpips") and above:
-            verb, other = "listens to" if above["shuffled"] else "ignores", beside["shuffled"]
-            yield f"The model {verb} its actions: {name} is {value}, {other} with another clip's."
+            said = "listens to its actions" if above["shuffled"] else f"ignores its actions{seen}"
+            yield f"The model {said}: {name} is {value}, {beside['shuffled']} with another clip's."
             if not above["copy"]:
-                yield f"By {name} it is no better than repeating the last known frame."
+                yield f"By {name} it is no better than repeating the last known frame{seen}."
         if "no signal" in above:
-            none = "finds none, as if the model ignored its actions"
+            none = f"finds none{seen}, as if the model ignored its actions"
             verb, random = "finds actions" if above["no signal"] else none, beside["no signal"]
             yield f"{name} {verb}: error {value}, {random} when costs are random."
         if name == "counterfactual_sides" and "note" in row:
             yield f"Opposite actions move the gripper to their own sides: {row['note']} pairs."
+
+
+def read_results(path: Path) -> dict:
+    """Read a results.json: finished metrics, their rows, config and versions."""
+    with data.reading(path, "remove it and measure again", *data.DAMAGED):
+        stored = json.loads(path.read_text())
+        metrics = {name: {**row, "value": row["value"]} for name, row in stored["metrics"].items()}
+        kinds = {"config": dict, "versions": dict, "finished": list}
+        return {"metrics": metrics, **{key: kind(stored[key]) for key, kind in kinds.items()}}
 
 
 class Results:
@@ -811,11 +828,15 @@ class Results:
         here = {str(d.name).lower(): d.version for d in importlib.metadata.distributions()}
         versions = {name: here[name] for name in PACKAGES.split() if name in here}
         new = {"finished": [], "metrics": {}, "config": plain(config), "versions": versions}
-        self.all = json.loads(self.path.read_text()) if self.path.is_file() else new
+        self.all = read_results(self.path) if self.path.is_file() else new
         if changed := [k for k, v in new["config"].items() if self.all["config"].get(k) != v]:
             other = f"was measured with other {', '.join(changed)}"
             raise InputError(f"{self.path}: {other}; give another --output_dir, or remove the file")
         proc.meet()  # nobody writes before everybody has read
+        if proc.rank == 0:
+            names = self.path.name, "samples.gif", "horizon.png", "unfinished_*"
+            for path in itertools.chain(*(folder.glob(f".{name}.*.tmp") for name in names)):
+                path.unlink()  # of a run that was killed
 
     def begin(self, name: str) -> None:
         """Start on a metric, without samples or behind those that a killed run has noted."""
@@ -861,9 +882,16 @@ class Results:
             out[name] = make_row(name, statistic, kinds)
         return out
 
+    def label(self, name: str) -> str:
+        """Name a metric as it counts as finished: with the function or file that it was given."""
+        given = self.args.get(OWN.get(name))
+        return f"{name} by {given}" if given else name
+
     def report(self, rows: dict[str, dict], finished: Sequence[str] = ()) -> None:
         """Print rows of the table and put them on disk."""
-        self.all["finished"] += finished
+        self.all["finished"] += map(self.label, finished)
+        for name in finished:
+            self.all["metrics"].pop(name, None)  # why it could not be measured before
         self.all["metrics"] |= (rows := plain(rows))
         if self.proc.rank == 0:
             data.write_atomic(self.path, json.dumps(self.all, indent=1).encode())
@@ -961,6 +989,13 @@ class Evaluation:
             if self.args.strict:
                 raise
             self.out.report({name: {"value": None, "reason": str(error), **vars(error)}})
+
+    def open_clips(self, config: data.DataConfig, split: str) -> data.EpisodeDataset:
+        """Open the clips that a metric needs besides those that all are measured on."""
+        try:
+            return data.EpisodeDataset(config, split)
+        except InputError as error:
+            raise Unavailable(str(error)) from error
 
     def recorded(self, info: dict) -> Tensor:
         """Read the actions (1, T, A) of a clip."""
@@ -1141,7 +1176,7 @@ class Evaluation:
 
     def idm(self) -> Iterator[dict]:
         """Train the inverse-dynamics probe per horizon and read the actions off both futures."""
-        clips = data.EpisodeDataset(self.config, "train")
+        clips = self.open_clips(self.config, "train")
         if len(clips) < 2:
             raise Unavailable("idm: the split 'train' has one usable episode; convert more")
         yield
@@ -1204,7 +1239,7 @@ class Evaluation:
         times  of all frames at the model's stride       seen  places in it of the eight that count
         """
         config = dataclasses.replace(self.config, num_frames=max(8, self.n + 1))
-        clips = data.EpisodeDataset(config, split)
+        clips = self.open_clips(config, split)
         infos = [info for i in range(len(clips)) if (info := clips.info(i))["success"] is not None]
         won = sum(info["success"] for info in infos)
         if min(won, len(infos) - won) < 2:
@@ -1241,8 +1276,9 @@ class Evaluation:
             return self.pooled(self.real_features(self.filmed(info, info["seen"])))
 
         x = self.encode_all(infos, look, "features").to(self.device)
-        held = np.arange(len(x)) % 5 == 0
         y = torch.tensor([float(info["success"]) for info in infos], device=self.device)
+        won = int(y.sum())
+        held = np.r_[: len(x) - won, :won] % 5 == 0
         words = np.array([info["language"] for info in infos])
         steps = min(args.max_steps, 50 * math.ceil(len(x) / 32))
 
@@ -1282,12 +1318,16 @@ class Evaluation:
 
     def policy(self) -> Iterator[dict]:
         """Let a policy act inside the dream; the probe that validated best counts successes."""
-        args, label = self.args, f"policy {' '.join(self.probe_kinds)}"
+        args = self.args
         if not args.policy:
             raise Unavailable("policy: name the function to act with, --policy module:function")
-        policy = pydoc.locate(args.policy.replace(":", "."))
-        if policy is None:
+        try:
+            policy = pydoc.locate(args.policy.replace(":", "."))
+        except pydoc.ErrorDuringImport as error:
+            raise InputError(f"--policy {args.policy}: {error}; mend it") from error
+        if not callable(policy):
             raise InputError(f"--policy {args.policy}: there is no such function")
+        label = f"policy {' '.join(self.probe_kinds)}"
         yield
         won = self.out.samples["share", "success_rate", "model"]
         infos = self.labelled(args.split, args.policy_starts)
@@ -1296,7 +1336,10 @@ class Evaluation:
             known = self.filmed(info, slice(self.n))
             known = known.expand(args.policy_trials, *known.shape[1:])
             random = torch.Generator().manual_seed(args.seed + i)
-            act = functools.partial(policy, sentence=info["language"])
+
+            def act(frame: Tensor, sentence: str = info["language"]) -> Any:
+                return policy(frame, sentence)
+
             frames, _ = self.model.rollout_policy(act, known, args.policy_steps, random)
             seen = data.probe_frames(frames.shape[-4], 8, "uniform", 1)
             features = self.real_features(frames[..., seen, :, :, :])
@@ -1425,8 +1468,10 @@ class Evaluation:
     def run(self) -> None:
         """Measure group by group; what an earlier run finished is not measured again."""
         found, wanted, nets, groups = self.out.all["metrics"], self.args.metrics.split(","), {}, []
-        self.out.report(found)
-        for name in [name for name in METRICS if name in {*wanted} - {*self.out.all["finished"]}]:
+        for item in found.items() if self.out.proc.rank == 0 else ():
+            print(in_table(*item))
+        done = {*self.out.all["finished"]}
+        for name in [x for x in METRICS if x in wanted and self.out.label(x) not in done]:
             with self.needing(name):
                 if name in PIXELS:
                     nets[name] = self.open_metric(name)
@@ -1443,6 +1488,8 @@ class Evaluation:
         if self.out.proc.rank == 0:
             draw_curves(self.folder / "horizon.png", found)
             print(*in_words(found), sep="\n")
+            for path in self.folder.glob("unfinished_*.pt"):  # noted with other flags
+                path.unlink()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1454,6 +1501,8 @@ def paired(row: dict, other: dict) -> str:
     if "samples" not in row:
         return f"{row['value'] - other['value']:+.3g}"
     value, ci, _ = bootstrap(row["samples"], row["statistic"], minus=other["samples"])
+    if ci is None:  # one clip, or none with a value in both
+        return f"{value:+.3g}"
     text = f"{value:+.3g} [{ci[0]:+.3g}, {ci[1]:+.3g}]"
     return f"**{text}**" if ci[0] * ci[1] > 0 else text
 
@@ -1483,15 +1532,21 @@ def compare(args: Args) -> None:
         path = Path(run) / "results.json"
         if not path.is_file():
             raise InputError(f"{path}: no results; measure the run first with evaluate.py")
-        stored[run] = json.loads(path.read_text())
-    if len(stored) < 2 or len({results["config"]["clips"] for results in stored.values()}) > 1:
-        raise InputError("--compare needs two or more runs measured on the same clips and seed")
+        stored[run] = read_results(path)
+    first, *others = [results["config"] for results in stored.values()]
+    own = {"checkpoint_path", "model_preset", "objective", "weights", "horizons", "searches"}
+    unlike = {key for x in others for key in {*first, *x} - own if first.get(key) != x.get(key)}
+    if not others or unlike:
+        fault = f": they differ in {', '.join(sorted(unlike))}" * bool(unlike)
+        raise InputError(f"--compare needs two or more runs that were measured alike{fault}")
     runs, common = {run: results["metrics"] for run, results in stored.items()}, []
     for name in runs[args.compare[0]]:
         if all(rows.get(name, {}).get("value") is not None for rows in runs.values()):
             common.append(name)
     axes = {axis: [n for n in common if re.fullmatch(form, n)] for axis, form in AXES.items()}
     tables = [tabulate(axis, names, runs) for axis, names in axes.items() if names]
+    if not tables:
+        raise InputError(f"--compare: {', '.join(runs)} have no metric in common; measure one more")
     for head, *rows in tables:
         rule = ["---"] * len(head)
         lines += ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)] + [""]
@@ -1506,7 +1561,9 @@ def main() -> None:
     if args.compare:
         return compare(args)
     torch.set_grad_enabled(False)
-    Evaluation(args, data.init_processes(args.device)).run()
+    proc = data.init_processes(args.device)
+    Evaluation(args, proc).run()
+    proc.leave()
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class Args:
     # -- adapter and pixel decoder
     adapter: Annotated[AdapterConfig, tyro.conf.arg(name="")] = field(default_factory=AdapterConfig)
     use_pixel_decoder: bool = False  # train one, for encoders that cannot paint
-    decoder_channels: int = 160  # its outermost width: 160 in the paper, 128 in its code; >= 64
+    decoder_channels: int = 160  # its outermost width: 160 in the paper, 128 in its code
     decoder_multipliers: str = "1,1,2,4,8"  # widths of its levels, outermost first
     decoder_blocks: int = 2  # residual blocks a level
     decoder_attention: str = "16"  # levels with attention, by size on 256x256 frames
@@ -123,17 +123,20 @@ class Args:
         data.check_flags(self, counts)
         if self.adapter.adapter_type == "identity" and not self.use_pixel_decoder:
             raise InputError("an identity adapter has nothing to train; add use_pixel_decoder")
+        if self.gan_weight and not self.pixel_weight:
+            raise InputError("gan_weight is measured by the pixel loss; give pixel_weight, too")
         self.pixel_decoder_config(self.adapter.adapter_latent_dim)
 
     def pixel_decoder_config(self, latent_dim: int, temporal: bool = False) -> PixelDecoderConfig:
         lists = self.decoder_multipliers, self.decoder_attention
         try:
             multipliers, attention = ([int(n) for n in x.split(",") if n.strip()] for x in lists)
+            sizes = latent_dim, self.decoder_channels, multipliers, self.decoder_blocks
+            others = {"attn_resolutions": attention, "norm_groups": self.decoder_groups}
+            return PixelDecoderConfig(*sizes, temporal_upsample=temporal, **others)
         except ValueError as error:
-            raise InputError(f"decoder_multipliers, decoder_attention: {error}") from error
-        sizes = latent_dim, self.decoder_channels, multipliers, self.decoder_blocks
-        others = {"attn_resolutions": attention, "norm_groups": self.decoder_groups}
-        return PixelDecoderConfig(*sizes, temporal_upsample=temporal, **others)
+            names = "decoder_channels, decoder_multipliers, decoder_attention, decoder_groups"
+            raise InputError(f"{names}: {error}") from error
 
 
 TOY = Args(
@@ -177,7 +180,9 @@ def ms_ssim(a: Tensor, b: Tensor, scales: int | None = None) -> Tensor:
 
     a, b  (..., H, W, 3) in [0, 1] -> (...)
     """
-    scales = scales or min(5, (min(a.shape[-3:-1]) // 11).bit_length())
+    if (side := min(a.shape[-3:-1])) < 11:
+        raise InputError(f"MS-SSIM: {side} pixels are below its 11; give --ms_ssim_weight 0")
+    scales = scales or min(5, (side // 11).bit_length())
     exponents = a.new_tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333][:scales])
     exponents = exponents if scales == 5 else exponents / exponents.sum()
     window = torch.exp(-(torch.arange(11, device=a.device) - 5.0).square() / (2 * 1.5**2))

@@ -342,6 +342,11 @@ def main() -> None:
             f"adapter_latent_dim {dim}: latents are {space.latent_dim}-d; leave it out"
         )
 
+    if args.num_frames % (s := space.temporal_stride) or args.num_history % s:
+        raise InputError(
+            f"{args.encoder_type} packs {s} frames: num_frames and num_history need multiples of it"
+        )
+
     # 3. Data: latents from the cache, or frames that the loop encodes.
     config = choose_clips(args, proc)
     cached = space.fingerprint if args.cache_latents or args.cache_only else None

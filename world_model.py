@@ -134,6 +134,7 @@ def default_shift(encoder_type: str, tokens: int, channels: int) -> float:
 # -- Planning: entries `dims` of `start` (k, A) are searched in [-LIMIT, LIMIT], the others stay.
 
 SEARCHED = range(7)  # position, rotation, gripper; the base does not move
+DIVERGED = "the model dreams NaN or infinity: its weights have diverged; take an earlier file"
 LIMIT = 2.0  # of every number of an action, in model units [code of 2605.06388]
 
 
@@ -141,6 +142,14 @@ def replace_dims(start: Tensor, dims: Sequence[int], values: Tensor) -> Tensor:
     """Copy `start` (k, A) with its entries `dims` set to values (N, k, len(dims)): (N, k, A)."""
     index = torch.tensor(list(dims), device=start.device)
     return start.expand(len(values), -1, -1).index_copy(2, index, values)
+
+
+def cheapest(costs: Tensor, candidates: Tensor) -> Plan:
+    """Choose among candidates (N, ...) by their costs (N,); a model that has diverged has none."""
+    best = costs.nan_to_num(torch.inf, torch.inf).argmin()
+    if not costs[best].isfinite():
+        raise InputError(DIVERGED)
+    return candidates[best], costs[best]
 
 
 def plan_cem(
@@ -163,7 +172,7 @@ def plan_cem(
         elite = values[order[:elites]]
         tried.append((costs[0], elite[:1]))
         mean, std = elite.mean(0), elite.std(0).clamp_min(1e-4)
-    best_cost, best = min(tried, key=lambda pair: pair[0])
+    best, best_cost = cheapest(*map(torch.stack, zip(*tried, strict=True)))
     return replace_dims(start, dims, best)[0], best_cost
 
 
@@ -180,7 +189,7 @@ def plan_gradient(
             (free.grad,) = torch.autograd.grad(value, free)
         tried.append((value.detach(), actions[0].detach()))
         adam.step()
-    return min(tried, key=lambda pair: pair[0])[::-1]
+    return cheapest(*map(torch.stack, zip(*tried, strict=True)))
 
 
 def plan_grid(cost: Cost, start: Tensor, dims: Sequence[int] = range(3), points: int = 5) -> Plan:
@@ -191,8 +200,7 @@ def plan_grid(cost: Cost, start: Tensor, dims: Sequence[int] = range(3), points:
         raise InputError(f"grid: {count}; take fewer numbers or points, or CEM")
     grid = torch.cartesian_prod(*[torch.linspace(-LIMIT, LIMIT, points)] * free).to(start)
     candidates = replace_dims(start, dims, grid.view(-1, len(start), len(dims)))
-    best_cost, best = cost(candidates).min(0)
-    return candidates[best], best_cost
+    return cheapest(cost(candidates), candidates)
 
 
 PLANNERS = {"cem": plan_cem, "gradient": plan_gradient, "grid": plan_grid}
@@ -361,13 +369,16 @@ class WorldModel:
 
     def _shape_actions(self, actions: Array, B: int, batched: bool) -> Tensor:
         """Give actions batch and time axes: (B, k, A), float32 on the model's device."""
-        given = torch.as_tensor(actions, dtype=torch.float32, device=self.device)
+        try:
+            given = torch.as_tensor(actions, dtype=torch.float32, device=self.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"actions are no array of numbers ({error})") from error
         actions = given[None] if given.ndim == 1 else given
         if actions.ndim == 2:
             actions = actions[:, None] if batched else actions[None]
         A = self.action_dim
         if actions.ndim != 3 or actions.shape[::2] != (B, A) or not actions.shape[1]:
-            takes = f"([{B},] k, {A}), a robot's own numbers through map_actions"
+            takes = f"([{B},] k, {A}), a robot's own numbers through map_actions (--raw true)"
             raise InputError(f"actions are {tuple(given.shape)}; this model takes {takes}")
         if not actions.isfinite().all():
             raise InputError("actions hold NaN or infinity; mend them before the rollout")
@@ -415,8 +426,11 @@ class WorldModel:
         beside, keep = self.space.group_actions(actions), self.dit.config.max_frames
         known = self.dit, self.z, beside, torch.as_tensor(noise).to(self.z)
         z, self.cache = self.objective.extend(*known, cache=self.cache, **self.sampler)
+        if not z.isfinite().all():
+            raise InputError(DIVERGED)
         self.z, self.actions = z[:, -keep:], actions[:, -keep * s :]
-        frames = self.space.decode(z[:, n:])
+        lead = int(s > 1)  # a decoder that doubles time also looks at the latent before
+        frames = self.space.decode(z[:, n - lead :])[..., lead * s :, :, :, :]
         return frames if self.batched else frames[0]
 
     def step(self, action: Array, **draws: Any) -> Tensor:
@@ -490,7 +504,7 @@ class Args:
     checkpoint: str  # world_model.safetensors of a run
     image: str  # start frame; several views side by side
     actions: str | None = None  # .npy, or text with one action a line; none: typed
-    raw: bool = True  # actions are the robot's own 7 numbers; false: model units
+    raw: bool = True  # actions are the robot's own numbers, 7 to 10; false: model units
     output: str = "dream.gif"  # the GIF
     encoder_weights: str | None = None  # the public encoder, if not where training found it
     seed: int = 0  # of the noise
@@ -504,13 +518,17 @@ def read_actions(path: str | None) -> np.ndarray:
             print("one action a line, numbers separated by spaces; end with an empty line")
             lines = [*iter(lambda: sys.stdin.readline().strip(), "")]
         elif path.endswith(".npy"):
-            return np.atleast_2d(np.load(path))
+            found = np.atleast_2d(np.load(path)).astype(float)
+            if found.ndim > 2:
+                raise ValueError(f"an array {found.shape}")
+            return found
         else:
-            lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
-        if not lines:
+            lines = [line.partition("#")[0] for line in Path(path).read_text().splitlines()]
+        numbers = [line.replace(",", " ") for line in lines if line.strip()]
+        if not numbers:
             raise ValueError("no action")
-        return np.loadtxt([line.replace(",", " ") for line in lines], ndmin=2)
-    except (ValueError, OSError, EOFError) as error:
+        return np.loadtxt(numbers, ndmin=2)
+    except (ValueError, TypeError, OSError, EOFError) as error:
         raise InputError(f"{path or 'typed'}: {error}; give .npy, or one action a line") from error
 
 
@@ -519,14 +537,18 @@ def main() -> None:
     model = WorldModel(args.checkpoint, args.device, args.encoder_weights)
     with data.reading(args.image, remedy := "give another picture", OSError):
         picture = data.decode_frame(Path(args.image).read_bytes(), None, args.image, remedy)
-    size, views = model.clip_format["image_size"], np.array_split(picture, model.space.num_views, 1)
-    frames = [data.decode_frame(view, size, args.image, remedy) for view in views]
-    frames = np.stack(frames)[:, None]
+    size, V = model.clip_format["image_size"], model.space.num_views
+    if picture.shape[1] % V:
+        raise InputError(f"{args.image}: {picture.shape[1]} pixels wide; give {V} equal views")
+    views = [data.decode_frame(x, size, args.image, remedy) for x in np.split(picture, V, 1)]
+    still = np.stack([np.stack(views)] * model.space.temporal_stride, 1)  # (V, T, H, W, 3)
     actions = read_actions(args.actions)
-    actions = model.map_actions(actions) if args.raw else torch.as_tensor(actions)
-    beside, random = torch.cat((actions, actions[-1:])), torch.Generator().manual_seed(args.seed)
-    video = model.rollout(frames if len(views) > 1 else frames[0], beside, generator=random)
-    video = torch.cat(video.unbind(), -2) if len(views) > 1 else video  # views side by side
+    actions = model.map_actions(actions) if args.raw else actions
+    random = torch.Generator().manual_seed(args.seed)
+    video = [model.reset(still if V > 1 else still[0])]
+    video.append(model.generate_chunk(actions, generator=random))
+    video = torch.cat(video, -4)
+    video = torch.cat(video.unbind(), -2) if V > 1 else video  # views side by side
     data.write_gif(args.output, video, model.clip_format["fps"])
     print(f"wrote {args.output}")
 

@@ -923,6 +923,37 @@ def test_own_npz_and_image_folders_become_episodes(tmp_path):
     assert {e.metadata["fps"] for e in episodes_of(mapped)} == {3, 7}
 
 
+def test_own_images_stand_in_the_order_of_their_numbers_and_keep_their_brightness(tmp_path):
+    source, out = tmp_path / "mine" / "walk", tmp_path / "out"
+    source.mkdir(parents=True)
+    for t in range(12):  # 16 bits a pixel
+        grey = np.full((16, 16), 5000 * t, np.uint16)
+        Image.fromarray(grey).save(source / f"{t}.png")
+    np.save(source / "actions.npy", np.zeros((12, 7)))
+    (source / "metadata.json").write_text('{"fps": 12}')
+    folder = convert(source.parent, out, "mine")
+    (episode,) = episodes_of(folder)
+    shown = episode.frames(range(12), [0], None)[0].mean((1, 2, 3))
+    assert np.abs(shown - 5000 * np.arange(12) / 256).max() < 2
+    assert data.read_index(folder)[0]["fps"] == 12  # the first episode's
+    assert len(episodes_of(convert(source.parent, out, "mine"))) == 1  # still
+    with pytest.raises(data.InputError, match="splits and max_shards"):
+        convert(source.parent, tmp_path / "new", "mine", max_shards=1)
+
+
+def test_a_run_that_finished_nothing_binds_no_later_one(tmp_path):
+    source = tmp_path / "mine"
+    source.mkdir()
+    np.savez(source / "a.npz", frames=np.stack([picture(0)] * 3), actions=np.zeros((3, 3)))
+    with pytest.raises(data.InputError, match="7 to 10"):
+        convert(source, tmp_path / "out", "mine", fps=3)
+    np.savez(source / "a.npz", frames=np.stack([picture(0)] * 3), actions=np.zeros((3, 7)))
+    folder = convert(source, tmp_path / "out", "mine", fps=9)
+    assert data.read_index(folder)[0]["fps"] == 9
+    with pytest.raises(data.InputError, match="was written with"):
+        convert(source, tmp_path / "out", "mine", fps=3)
+
+
 @pytest.mark.parametrize(
     "fault", ["no frames", "pickle", "zip", "width", "lengths", "text", "words", "point"]
 )

@@ -695,3 +695,14 @@ def test_inputs_that_do_not_fit_are_refused():
             dit(*inputs)
     with pytest.raises(InputError, match="window"):
         dit.encode_context(*clip())
+
+
+def test_a_full_cache_gives_up_its_oldest_frame_in_turn():
+    dit = DiT(DiTConfig(4, 1, 64, 2, 1, max_frames=4)).eval()
+    z, tau, actions = torch.randn(1, 8, 2, 2, 4), torch.full((1, 8), 0.01), torch.randn(1, 8, 10)
+    cache = dit.encode_context(z[:, :3], tau[:, :3], actions[:, :3])
+    for t, slot in zip(range(3, 8), (0, 1, 2, 0, 1), strict=True):
+        before = cache.kv[0].clone()
+        cache = dit.encode_context(z[:, t : t + 1], tau[:, :1], actions[:, t : t + 1], cache)
+        changed = (cache.kv[0] != before)[:, 0].flatten(2).any(2).any(0)
+        assert changed[:3].nonzero().flatten().tolist() == [slot]

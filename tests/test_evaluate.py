@@ -581,9 +581,9 @@ def test_a_deaf_model_scores_like_no_signal_and_the_report_says_so(measure_world
     low, high = row["minus"]["no signal"][1]
     assert low < 0 < high and row["value"] > 1
     said = capsys.readouterr().out
-    assert "The model ignores its actions: psnr" in said
+    assert "The model ignores its actions, as far as these clips can tell: psnr" in said
     assert "no better than repeating the last known frame" in said
-    assert "cem_k1_zero finds none, as if the model ignored its actions" in said
+    assert "cem_k1_zero finds none, as far as these clips can tell, as if the model ignored" in said
 
 
 def test_cem_finds_the_actions_of_a_linear_world(measure_world, capsys):
@@ -621,6 +621,24 @@ def test_a_search_starts_at_the_truth_or_at_zero_where_it_searches(measure_world
     truth = [start for start in starts if start[:3].ne(0).all()]
     assert len(zero) == len(truth) == len(starts) / 2 > 2
     assert all(any(torch.equal(a[3:], b[3:]) for b in truth) for a in zero)
+
+
+def test_a_search_knows_the_recorded_action_beside_the_last_target(measure_world, monkeypatch):
+    seen, make, search = [], evaluate.candidate_cost, evaluate.Evaluation.search
+
+    def spy_cost(*known):
+        seen.append(known[-1])
+        return make(*known)
+
+    def spy_search(self, i, *rest):
+        found = search(self, i, *rest)
+        assert torch.equal(seen[-1], self.actions[i, self.n + 1]), "two frames after n - 1"
+        return found
+
+    monkeypatch.setattr(evaluate, "candidate_cost", spy_cost)
+    monkeypatch.setattr(evaluate.Evaluation, "search", spy_search)
+    measure_world(metrics="controllability", windows=2, population=16, horizons="2")
+    assert len(seen) > 4
 
 
 class PerfectReader:
@@ -679,6 +697,58 @@ def test_success_probes_tell_bright_episodes_real_and_dreamed(measure_world):
             assert row["value"] > 0.8 and row["beside"]["real"] > 0.8, (kind, name)
 
 
+class Judge(nn.Module):
+    """Stands for a probe that reads text; keeps what it is trained on."""
+
+    kind = "text"
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = nn.Parameter(torch.zeros(1)), []
+        self.register_buffer("scale", torch.zeros(2, 1))
+
+    def prepare(self, z):
+        return z
+
+    def judge(self, z, text):
+        return self.weight * z.flatten(1).mean(1)
+
+    def loss(self, z, y, text):
+        self.seen.append((z[:, 0, 0, 0], y, text))
+        return self.weight.square().sum()
+
+
+def test_only_another_instruction_makes_a_success_a_failure():
+    net, texts = Judge(), torch.tensor([[[1.0], [1.0]], [[1.0], [2.0]], [[3.0], [3.0]]])
+    kind, y = torch.arange(60) % 3, torch.ones(60)
+    y[0] = 0  # one of the held
+
+    def read(p):  # clip p shows the number of its instruction
+        return kind[p].float()[:, None, None, None], texts[kind[p]]
+
+    with torch.no_grad():
+        evaluate.fit(net, read, y, np.arange(60) < 6, 4, 1e-3)
+    for (shown, own, text), (_, judged, other) in zip(net.seen[::2], net.seen[1::2], strict=True):
+        assert torch.equal(text, texts[shown.long()]) and own.all()
+        assert torch.equal(judged.bool(), (text == other).flatten(1).all(1))
+        assert judged.any() and not judged.all()
+
+
+def test_both_classes_choose_the_weights_of_a_success_probe(measure_world, monkeypatch, tmp_path):
+    held_out, fit = [], evaluate.fit
+
+    def spy(net, read, y, held, *rest):
+        held_out.append((y[held].tolist(), y[~held].tolist()))
+        return fit(net, read, y, held, *rest)
+
+    monkeypatch.setattr(evaluate, "fit", spy)
+    labelled = evaluate.Evaluation.labelled
+    few = lambda self, *how: labelled(self, *how)[:4]  # noqa: E731  two of each
+    monkeypatch.setattr(evaluate.Evaluation, "labelled", few)
+    measure_world(metrics="probe", max_steps=2, probe_width=32)
+    assert held_out and all({*a} == {*b} == {0.0, 1.0} for a, b in held_out)
+
+
 class RecordedPolicy:
     sentences: set = set()
 
@@ -694,6 +764,30 @@ def test_a_policy_that_stands_still_wins_where_the_start_was_bright(measure_worl
     row = measure_world(metrics="policy", policy_starts=4, **flags)["metrics"]["success_rate"]
     assert row["value"] == 0.5 and row["n"] == 4 and row["note"] == "4 of 8"
     assert row["standard_error"] == pytest.approx(math.sqrt(0.25 / 8))
+
+
+def sit(frames, text):
+    return torch.ones(len(frames), 10)
+
+
+def test_another_policy_is_measured_again_and_an_old_reason_goes(measure_world, monkeypatch):
+    flags = {"policy_steps": 8, "policy_trials": 1, "policy_starts": 4, "max_steps": 4}
+    flags |= {"metrics": "policy", "probe_width": 32}
+    assert measure_world(**flags)["metrics"]["policy"]["value"] is None  # none is named
+    first = measure_world(policy="test_evaluate:stand_still", **flags)
+    assert "policy" not in first["metrics"] and "success_rate" in first["metrics"]
+    asked = []
+    plain = sit
+    monkeypatch.setattr(
+        sys.modules["test_evaluate"], "sit", lambda *x: asked.append(1) or plain(*x)
+    )
+    assert len(measure_world(policy="test_evaluate:sit", **flags)["finished"]) == 2 and asked
+    asked.clear()
+    measure_world(policy="test_evaluate:sit", **flags)
+    assert not asked
+    for name in ("nowhere:f", "test_evaluate:SEARCH"):
+        with pytest.raises(evaluate.InputError, match="no such function"):
+            measure_world(policy=name, **flags)
 
 
 # -- the toy world: the simulator itself as the model, and a model that repeats the last frame
@@ -1099,6 +1193,71 @@ def test_unlabelled_episodes_have_no_success_probe(measure_world, tmp_path):
     rows = measure_world(dataset_dir=str(tmp_path / "plain"), **flags)["metrics"]
     for name in ("probe", "policy"):
         assert rows[name]["value"] is None and "has 0 and 0" in rows[name]["reason"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"finished": [], "metr'])
+def test_damaged_results_are_named(measure_world, tmp_path, text):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text(text)
+    with pytest.raises(evaluate.InputError, match=r"results\.json: .*remove it"):
+        measure_world(metrics="psnr")
+    args = evaluate.Args(compare=(str(tmp_path / "out"),) * 2)
+    with pytest.raises(evaluate.InputError, match=r"results\.json: .*remove it"):
+        evaluate.compare(args)
+
+
+def test_only_runs_measured_alike_with_a_common_metric_are_compared(measure_world, tmp_path):
+    a, b, c, d = folders = [str(tmp_path / name) for name in "abcd"]
+    write_world(tmp_path / "lone", test=1)
+    measure_world(metrics="psnr", output_dir=a)
+    measure_world(metrics="psnr", output_dir=b, num_context=1)
+    measure_world(metrics="ssim", output_dir=c)
+    table = str(tmp_path / "table")
+    with pytest.raises(evaluate.InputError, match="differ in clips, num_context"):
+        evaluate.compare(evaluate.Args(compare=(a, b), output_dir=table))
+    with pytest.raises(evaluate.InputError, match="no metric in common"):
+        evaluate.compare(evaluate.Args(compare=(a, c), output_dir=table))
+    assert not Path(table).exists()
+    for folder in folders[2:]:
+        shown = folder + "_lone"
+        measure_world(metrics="psnr", dataset_dir=str(tmp_path / "lone"), output_dir=shown)
+    evaluate.compare(evaluate.Args(compare=(c + "_lone", d + "_lone"), output_dir=table))
+    assert "| +0 |" in (Path(table) / "compare.md").read_text()  # one clip has no interval
+
+
+def test_a_metric_that_lacks_episodes_does_not_stop_the_others(measure_world, tmp_path):
+    write_world(tmp_path / "few")
+    index = tmp_path / "few" / "linear" / "index.jsonl"
+    index.write_text(index.read_text().replace('"train"', '"other"'))
+    flags = {"dataset_dir": str(tmp_path / "few"), "policy": "test_evaluate:stand_still"}
+    rows = measure_world(metrics="psnr,idm,probe,policy", **flags)["metrics"]
+    assert rows["psnr"]["value"] > 0
+    for name in ("idm", "probe", "policy"):
+        assert "no usable episode in split 'train'" in rows[name]["reason"]
+
+
+def test_one_sample_has_no_distance(measure_world, monkeypatch, tmp_path):
+    write_world(tmp_path / "lone", test=1)
+    monkeypatch.setattr(evaluate, "load_video", lambda *_: lambda clips: clips.flatten(1)[:, ::97])
+    flags = {"metrics": "psnr,fvd", "dataset_dir": str(tmp_path / "lone")}
+    rows = measure_world(**flags)["metrics"]
+    assert rows["psnr"]["value"] > 0 and "no covariance" in rows["fvd"]["reason"]
+
+
+def test_what_a_killed_run_left_is_removed_and_a_refused_one_leaves_nothing(
+    measure_world, tmp_path
+):
+    left = [".results.json.77.tmp", ".unfinished_a.pt.77.tmp", ".samples.gif.77.tmp"]
+    left += ["unfinished_0123.pt"]
+    (tmp_path / "out").mkdir()
+    for name in [*left, ".last.pt.77.tmp"]:  # the last may be a training's, at work
+        (tmp_path / "out" / name).write_bytes(b"")
+    with pytest.raises(evaluate.Unavailable):
+        measure_world(metrics="lpips", strict=True)
+    assert not (tmp_path / "out" / "results.json").exists()
+    measure_world(metrics="psnr")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"results.json", "samples.gif", "horizon.png", ".last.pt.77.tmp"}
 
 
 def test_constant_actions_are_refused(measure_world, tmp_path):

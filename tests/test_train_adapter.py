@@ -346,6 +346,24 @@ def test_lpips_takes_its_trunk_from_the_file(tmp_path, monkeypatch):
         train_adapter.load_lpips(torch.device("cpu"))
 
 
+def test_a_term_begins_after_its_clips_and_is_averaged_from_there(train, monkeypatch):
+    distance = lambda device: lambda a, b: (a - b).abs().mean()  # noqa: E731
+    monkeypatch.setattr(train_adapter, "load_lpips", distance)
+    flags = ("--max_steps", 4, "--lpips_weight", 0.5, "--lpips_start", 8)  # two steps of four clips
+    each = rows(train("each", *flags))
+    once = rows(train("once", *flags, "--log_every", 4))
+    found = {int(row["step"]): row["lpips"] for row in each if row["loss"]}
+    assert found[1] == found[2] == "" and float(found[3]) > 0
+    mean = (float(found[3]) + float(found[4])) / 2
+    assert float(once[0]["lpips"]) == pytest.approx(mean, rel=1e-6)  # not over all four steps
+
+
+def test_frames_below_the_window_of_ms_ssim_are_named(train):
+    with pytest.raises(InputError, match="MS-SSIM: 8 pixels.*--ms_ssim_weight 0"):
+        train("small", "--crop", 2, "--max_steps", 1)
+    train("without", "--crop", 2, "--max_steps", 1, "--ms_ssim_weight", 0)
+
+
 # ------------------------------------------------------------------------------------------------
 # The command line
 

@@ -708,6 +708,7 @@ def test_the_world_model_file_repeats_the_training_time_sample(episodes, straigh
         (["--val_clips", "0"], "val_clips"),
         (["--num_workers", "-1"], "num_workers"),
         (["--seed", "-1"], "seed"),
+        (["--seed", "5000000000"], "seed is 5000000000; give a number from 0"),
         (["--lr", "nan"], "lr is nan"),
         (["--ema", "1.5"], "ema"),
         (["--pixel_patch", "7"], "multiples of 7"),
@@ -724,6 +725,20 @@ def test_bad_input_is_one_sentence_and_exit_code_2(episodes, tmp_path, words, co
     error = capsys.readouterr().err
     assert complaint in error and "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_of_frame_pairs_wants_even_clips_and_histories(episodes, tmp_path, monkeypatch):
+    make = train_dit.world_model.build_latent_space
+
+    def pairs(*how):
+        space = make(*how)
+        space.temporal_stride = 2
+        return space
+
+    monkeypatch.setattr(train_dit.world_model, "build_latent_space", pairs)
+    for flags in (("--num_frames", "6", "--num_history", "1"), ("--num_history", "2")):
+        with pytest.raises(InputError, match="num_frames and num_history need multiples"):
+            train(episodes, tmp_path / "run", "--cache_latents", "false", *flags)
 
 
 def test_a_dry_run_reads_nothing_and_scales_with_gpus_and_cache(capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from diffusion import DDPM, FlowMatching
 from dit import DiT, DiTConfig, merge_views, split_views
 from encoders import EncoderConfig, create_autoencoder
 from world_model import (
+    PLANNERS,
     LatentSpace,
     WorldModel,
     candidate_cost,
+    cheapest,
     plan_cem,
     plan_gradient,
     plan_grid,
@@ -245,6 +248,20 @@ def test_two_frame_latents_take_two_actions(monkeypatch):
     ):
         with pytest.raises(InputError, match=complaint):
             call()
+
+
+@pytest.mark.parametrize("method", ["cem", "gradient", "grid"])
+def test_a_diverged_model_plans_and_dreams_nothing(method):
+    def lost(z, tau, actions):
+        return z * math.nan + 0 * actions.sum()
+
+    noise, start = torch.randn(1, 2, 2, 4), torch.zeros(1, 10)
+    known = torch.rand(2, 2, 2, 4), torch.zeros(1, 10)
+    cost = candidate_cost(lost, FlowMatching(steps=1), *known, torch.rand(1, 2, 2, 4), noise)
+    with pytest.raises(InputError, match="diverged"):
+        PLANNERS[method](cost, start)
+    some = torch.tensor([math.nan, 2.0, math.inf, 1.0])
+    assert cheapest(some, torch.arange(4))[0] == 3
 
 
 def test_tokens_keep_their_view_through_a_rollout(tmp_path):
