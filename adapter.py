@@ -20,7 +20,6 @@ from collections import OrderedDict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,13 +82,14 @@ class PixelDecoderConfig:
         self.attn_resolutions = tuple(self.attn_resolutions)
         check_fields(self)
         levels = [GRID << i for i in range(len(self.channel_multipliers))]
+        kinds = ("sigmoid", "none")
         for name, wrong, remedy in (
             ("channel_multipliers", not 1 <= len(levels) <= 8, "give 1 to 8 of them"),
             ("attn_resolutions", {*self.attn_resolutions} - {*levels}, f"levels are {levels}"),
             ("base_channels", self.base_channels % self.norm_groups, "norm_groups must divide it"),
             ("attn_heads", self.base_channels % self.attn_heads, "it must divide base_channels"),
             ("dropout", not 0 <= self.dropout < 1, "choose a share in [0, 1)"),
-            ("output_activation", self.output_activation not in ("sigmoid", "none"), "or none"),
+            ("output_activation", self.output_activation not in kinds, f"choose among {kinds}"),
         ):
             if wrong:
                 raise InputError(f"{name} is {getattr(self, name)!r}; {remedy}")
@@ -375,15 +375,12 @@ def adapter_from(
     tensors: dict, metadata: dict, where: str
 ) -> tuple[Adapter | None, PixelDecoder | None]:
     """Make adapter and pixel decoder, in eval mode, of what `pack` laid out, if they are there."""
-
-    def make_adapter(**config: Any) -> Adapter:
-        return create_adapter(AdapterConfig(**config), metadata["input_dim"])
-
-    def make_decoder(**config: Any) -> PixelDecoder:
-        return PixelDecoder(PixelDecoderConfig(**config))
-
+    makers = {
+        "adapter": lambda **x: create_adapter(AdapterConfig(**x), metadata["input_dim"]),
+        "pixel_decoder": lambda **x: PixelDecoder(PixelDecoderConfig(**x)),
+    }
     made = []
-    for part, make in (("adapter", make_adapter), ("pixel_decoder", make_decoder)):
+    for part, make in makers.items():
         state = {n[len(part) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{part}.")}
         config = metadata[f"{part}_config"]
         made.append(None if config is None else data.rebuild(make, config, state, where))

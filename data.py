@@ -64,8 +64,7 @@ from tqdm import tqdm
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EFBIG)
-NO_PLACE += (errno.EEXIST,)
+NO_PLACE = "EACCES EPERM EROFS ENOTDIR EISDIR EEXIST EFBIG".split()
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # damaged text
 
 
@@ -84,7 +83,8 @@ def run_cli(main: Callable[[], None]) -> None:
     except (InputError, OSError) as error:
         code = getattr(error, "errno", None)
         remedy = "; free space, run again" if code in DISK_FULL else ""
-        remedy = "; mend its permissions or name another place" if code in NO_PLACE else remedy
+        place = errno.errorcode.get(code) in NO_PLACE
+        remedy = "; mend its permissions or name another place" if place else remedy
         if not (remedy or isinstance(error, InputError)):
             raise
         print(f"error: {error}{remedy}", file=sys.stderr)
@@ -1297,10 +1297,10 @@ def list_own(root: Path, records: list[dict]) -> list[Shard]:
             "    np.savez(name, frames=np.stack(frames), actions=actions, language=text)"
         )
     found = [*root.rglob("*.npz"), *(path.parent for path in root.rglob("actions.npy"))]
-    if not found:
-        raise InputError(f"{root}: holds no features.json (RLDS), .npz or actions.npy; see --help")
     paths = sorted(path.relative_to(root) for path in found)
     names = [str(p) for p in paths if not re.search(r"(^|/)\..", str(p))]  # hidden: copies of tools
+    if not names:
+        raise InputError(f"{root}: holds no features.json (RLDS), .npz or actions.npy; see --help")
     numbers = {}
     for record in records:
         for entry in itertools.chain(*record["episodes"].values()):
@@ -1405,7 +1405,7 @@ def convert(args: Args) -> None:
     header |= {"action_mapping": mapping, "image_size": args.image_size}
     if records and before != header:
         raise InputError(f"{folder} was written with {before}, not {header}; take another one")
-    if not (before or shards):
+    if not (records or shards):
         raise InputError(f"{folder}: nothing to convert; check --source and --splits")
     if before != header:
         (folder / "index.jsonl").unlink(missing_ok=True)  # of a run that finished no shard

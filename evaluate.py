@@ -47,6 +47,7 @@ from diffusion import OBJECTIVES
 from dit import load_dit, merge_views
 from encoders import EncoderConfig
 from world_model import (
+    DIVERGED,
     PLANNERS,
     SEARCHED,
     WorldModel,
@@ -836,7 +837,7 @@ class Results:
         if proc.rank == 0:
             names = self.path.name, "samples.gif", "horizon.png", "unfinished_*"
             for path in itertools.chain(*(folder.glob(f".{name}.*.tmp") for name in names)):
-                path.unlink()  # of a run that was killed
+                path.unlink(missing_ok=True)  # of a run that was killed
 
     def begin(self, name: str) -> None:
         """Start on a metric, without samples or behind those that a killed run has noted."""
@@ -845,7 +846,7 @@ class Results:
         what = [name, *self.proc[:2], self.all["config"], self.all["versions"]]
         what += [(key, value) for key, value in self.args.items() if key not in free]
         what = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-        self.note = self.path.with_name(f"unfinished_{what}.pt")
+        self.note = self.path.with_name(f"unfinished_{name.replace(' ', '-')}_{what}.pt")
         if self.note.is_file():
             try:
                 done, samples = data.load_torch(self.note)
@@ -889,16 +890,16 @@ class Results:
 
     def report(self, rows: dict[str, dict], finished: Sequence[str] = ()) -> None:
         """Print rows of the table and put them on disk."""
-        self.all["finished"] += map(self.label, finished)
-        for name in finished:
-            self.all["metrics"].pop(name, None)  # why it could not be measured before
+        others = [x for x in self.all["finished"] if x.partition(" by ")[0] not in finished]
+        self.all["finished"] = others + [*map(self.label, finished)]
         self.all["metrics"] |= (rows := plain(rows))
         if self.proc.rank == 0:
             data.write_atomic(self.path, json.dumps(self.all, indent=1).encode())
             for item in rows.items():
                 print(in_table(*item))
-        if finished:
-            self.note.unlink(missing_ok=True)
+        if finished:  # and what was noted with other flags
+            for path in self.path.parent.glob(f"unfinished_{'-'.join(finished)}_{'?' * 16}.pt"):
+                path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -949,6 +950,8 @@ class Evaluation:
         self.n = n = args.num_context or stored["num_history"]
         window = self.model.dit.config.max_frames * self.space.temporal_stride
         steps = args.num_frames or max(1, window - n)
+        if n % (s := self.space.temporal_stride) or steps % s:
+            raise InputError(f"latents hold {s} frames: give num_context, num_frames in multiples")
         self.args = args = dataclasses.replace(args, num_context=n, num_frames=steps)
         self.horizons = [int(k) for k in args.horizons.split(",")]
         if max(self.horizons) > steps:
@@ -985,6 +988,8 @@ class Evaluation:
         """Open what a result needs; where that cannot be, report why or, with --strict, stop."""
         try:
             yield
+            if "reason" in self.out.all["metrics"].get(name, ()):  # of an earlier run
+                del self.out.all["metrics"][name]
         except fault as error:
             if self.args.strict:
                 raise
@@ -1030,7 +1035,7 @@ class Evaluation:
         draws = [self.args.seed + seed for seed in seeds]
         out = dream((model.dit, model.objective, self.space), z, actions, n, draws)
         if not out.isfinite().all():
-            raise InputError(f"clips {[*seeds]}: the model dreams NaN or infinity; it has diverged")
+            raise InputError(f"clips {[*seeds]}: {DIVERGED}")
         return out
 
     def real_features(self, frames: Tensor) -> Tensor:
@@ -1470,7 +1475,8 @@ class Evaluation:
         found, wanted, nets, groups = self.out.all["metrics"], self.args.metrics.split(","), {}, []
         for item in found.items() if self.out.proc.rank == 0 else ():
             print(in_table(*item))
-        done = {*self.out.all["finished"]}
+        done = self.out.all["finished"]
+        done = {*done, *(x.partition(" by ")[0] for x in done)}  # a flag left out changes nothing
         for name in [x for x in METRICS if x in wanted and self.out.label(x) not in done]:
             with self.needing(name):
                 if name in PIXELS:
@@ -1488,8 +1494,6 @@ class Evaluation:
         if self.out.proc.rank == 0:
             draw_curves(self.folder / "horizon.png", found)
             print(*in_words(found), sep="\n")
-            for path in self.folder.glob("unfinished_*.pt"):  # noted with other flags
-                path.unlink()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1537,7 +1541,7 @@ def compare(args: Args) -> None:
     own = {"checkpoint_path", "model_preset", "objective", "weights", "horizons", "searches"}
     unlike = {key for x in others for key in {*first, *x} - own if first.get(key) != x.get(key)}
     if not others or unlike:
-        fault = f": they differ in {', '.join(sorted(unlike))}" * bool(unlike)
+        fault = f": {', '.join(sorted(unlike))} differ; measure one again" * bool(unlike)
         raise InputError(f"--compare needs two or more runs that were measured alike{fault}")
     runs, common = {run: results["metrics"] for run, results in stored.items()}, []
     for name in runs[args.compare[0]]:

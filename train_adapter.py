@@ -124,7 +124,7 @@ class Args:
         if self.adapter.adapter_type == "identity" and not self.use_pixel_decoder:
             raise InputError("an identity adapter has nothing to train; add use_pixel_decoder")
         if self.gan_weight and not self.pixel_weight:
-            raise InputError("gan_weight is measured by the pixel loss; give pixel_weight, too")
+            raise InputError("gan_weight is relative to the pixel loss, but pixel_weight is 0")
         self.pixel_decoder_config(self.adapter.adapter_latent_dim)
 
     def pixel_decoder_config(self, latent_dim: int, temporal: bool = False) -> PixelDecoderConfig:
@@ -177,11 +177,12 @@ def ms_ssim(a: Tensor, b: Tensor, scales: int | None = None) -> Tensor:
     prod_s mean(contrast * structure at scale s)^w_s, at the last scale times luminance
     [Wang et al. 2003, eq. 7; 11x11 Gaussian window, sigma 1.5]. By default there are five scales
     or as many as leave 11 pixels; the exponents of fewer than five are brought to a sum of 1.
+    Frames below 11 pixels are an InputError.
 
     a, b  (..., H, W, 3) in [0, 1] -> (...)
     """
     if (side := min(a.shape[-3:-1])) < 11:
-        raise InputError(f"MS-SSIM: {side} pixels are below its 11; give --ms_ssim_weight 0")
+        raise InputError(f"MS-SSIM: {side} pixels, its window has 11; raise crop or image_size")
     scales = scales or min(5, (side // 11).bit_length())
     exponents = a.new_tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333][:scales])
     exponents = exponents if scales == 5 else exponents / exponents.sum()

@@ -353,7 +353,7 @@ def main() -> None:
     if cached:
         data.fill_cache(config, proc, cached, space.features, space.temporal_stride)
         if args.cache_only:
-            return
+            return proc.leave()
     train_set = EpisodeDataset(config, "train", cached)
     shown = replace(config, variable_history=False)
     clips = spread_clips(EpisodeDataset(shown, "test"), args.val_clips)

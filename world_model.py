@@ -284,7 +284,8 @@ def load_world_model(
     if encoder.fingerprint != (trained := metadata["encoder_fingerprint"]):
         found = f"was trained on encoder {trained}, here is {encoder.fingerprint}"
         raise InputError(f"{where}: {found}; point encoder_weights at the weights of its training")
-    dit, parts = dit_from(tensors, metadata, where), adapter_from(tensors, metadata, where)
+    with data.reading(where, "copy it again", RuntimeError, *data.DAMAGED):
+        dit, parts = dit_from(tensors, metadata, where), adapter_from(tensors, metadata, where)
     space = LatentSpace(encoder, *parts, num_views=dit.config.num_views)
     space.mean, space.std = tensors.get("latent.mean"), tensors.get("latent.std")
     return dit, objective_from(metadata["objective"], where), space, metadata["data"]
@@ -427,6 +428,7 @@ class WorldModel:
         known = self.dit, self.z, beside, torch.as_tensor(noise).to(self.z)
         z, self.cache = self.objective.extend(*known, cache=self.cache, **self.sampler)
         if not z.isfinite().all():
+            self.cache = None  # it has gone ahead of z
             raise InputError(DIVERGED)
         self.z, self.actions = z[:, -keep:], actions[:, -keep * s :]
         lead = int(s > 1)  # a decoder that doubles time also looks at the latent before

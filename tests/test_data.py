@@ -947,6 +947,9 @@ def test_a_run_that_finished_nothing_binds_no_later_one(tmp_path):
     np.savez(source / "a.npz", frames=np.stack([picture(0)] * 3), actions=np.zeros((3, 3)))
     with pytest.raises(data.InputError, match="7 to 10"):
         convert(source, tmp_path / "out", "mine", fps=3)
+    (source / "a.npz").rename(source / ".a.npz")
+    with pytest.raises(data.InputError, match=r"holds no .*npz"):  # but a hidden one
+        convert(source, tmp_path / "out", "mine", fps=3)
     np.savez(source / "a.npz", frames=np.stack([picture(0)] * 3), actions=np.zeros((3, 7)))
     folder = convert(source, tmp_path / "out", "mine", fps=9)
     assert data.read_index(folder)[0]["fps"] == 9

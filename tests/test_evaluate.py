@@ -781,10 +781,14 @@ def test_another_policy_is_measured_again_and_an_old_reason_goes(measure_world, 
     monkeypatch.setattr(
         sys.modules["test_evaluate"], "sit", lambda *x: asked.append(1) or plain(*x)
     )
-    assert len(measure_world(policy="test_evaluate:sit", **flags)["finished"]) == 2 and asked
+    assert len(measure_world(policy="test_evaluate:sit", **flags)["finished"]) == 1 and asked
     asked.clear()
+    for again in ({"policy": "test_evaluate:sit"}, {}):  # a flag left out changes nothing
+        rows = measure_world(**flags, **again)["metrics"]
+        assert not asked and "policy" not in rows
+    measure_world(policy="test_evaluate:stand_still", **flags)
     measure_world(policy="test_evaluate:sit", **flags)
-    assert not asked
+    assert asked  # the numbers on disk were the other's
     for name in ("nowhere:f", "test_evaluate:SEARCH"):
         with pytest.raises(evaluate.InputError, match="no such function"):
             measure_world(policy=name, **flags)
@@ -1213,7 +1217,7 @@ def test_only_runs_measured_alike_with_a_common_metric_are_compared(measure_worl
     measure_world(metrics="psnr", output_dir=b, num_context=1)
     measure_world(metrics="ssim", output_dir=c)
     table = str(tmp_path / "table")
-    with pytest.raises(evaluate.InputError, match="differ in clips, num_context"):
+    with pytest.raises(evaluate.InputError, match="num_context differ; measure one again"):
         evaluate.compare(evaluate.Args(compare=(a, b), output_dir=table))
     with pytest.raises(evaluate.InputError, match="no metric in common"):
         evaluate.compare(evaluate.Args(compare=(a, c), output_dir=table))
@@ -1248,7 +1252,7 @@ def test_what_a_killed_run_left_is_removed_and_a_refused_one_leaves_nothing(
     measure_world, tmp_path
 ):
     left = [".results.json.77.tmp", ".unfinished_a.pt.77.tmp", ".samples.gif.77.tmp"]
-    left += ["unfinished_0123.pt"]
+    left += ["unfinished_psnr_0123456789abcdef.pt"]
     (tmp_path / "out").mkdir()
     for name in [*left, ".last.pt.77.tmp"]:  # the last may be a training's, at work
         (tmp_path / "out" / name).write_bytes(b"")

@@ -242,6 +242,9 @@ def test_two_frame_latents_take_two_actions(monkeypatch):
     assert model.generate_chunk(actions[3:5]).shape == (2, 16, 16, 3)
     model.generate_chunk(actions[5:7])
     assert seen == [[[1, 2], [3, 4], [5, 5]], [[1, 2], [3, 4], [5, 6], [7, 7]]]
+    model.space.decode = lambda z: z.diff(dim=1, prepend=0 * z[:, :1]).repeat_interleave(2, 1)
+    known = model.z[0, -1]  # what this decoder makes of a latent depends on the one before
+    assert torch.equal(model.generate_chunk(actions[5:7])[0], model.z[0, -1] - known)
     for call, complaint in (
         (lambda: model.step(actions[0]), "multiple"),
         (lambda: model.reset(torch.rand(3, 16, 16, 3)), "multiple"),
@@ -250,8 +253,19 @@ def test_two_frame_latents_take_two_actions(monkeypatch):
             call()
 
 
+def test_a_diverged_model_dreams_nothing_and_stays_where_it_was():
+    dit = DiT(DiTConfig(192, 1, 64, 1, 1, max_frames=3))
+    space = LatentSpace(create_autoencoder(EncoderConfig("pixels", patch_size=8)))
+    model = WorldModel((dit, FlowMatching(steps=2), space, ABOUT), "cpu")
+    model.reset(torch.rand(2, 16, 16, 3))
+    torch.nn.init.constant_(dit.final_layer["linear"].bias, math.nan)
+    with pytest.raises(InputError, match="diverged"):
+        model.generate_chunk(torch.zeros(1, 10))
+    assert model.z.shape[1] == 2 and model.cache is None  # as after the reset
+
+
 @pytest.mark.parametrize("method", ["cem", "gradient", "grid"])
-def test_a_diverged_model_plans_and_dreams_nothing(method):
+def test_a_diverged_model_plans_nothing(method):
     def lost(z, tau, actions):
         return z * math.nan + 0 * actions.sum()
 
