@@ -909,6 +909,24 @@ def test_a_model_that_stands_still_fails_where_a_simulator_looks(measure_toy, to
     assert row["value"] > 0.6 * row["beside"]["no signal"]
 
 
+def test_opposite_actions_are_opposite_from_the_newest_known_frame_on(
+    measure_toy, toy_folder, monkeypatch
+):
+    acted, act = [], evaluate.Evaluation.act_in
+
+    def spy(self, world, actions):
+        acted.append(actions)
+        return act(self, world, actions)
+
+    monkeypatch.setattr(evaluate.Evaluation, "act_in", spy)
+    space = pixel_space()
+    measure_toy(Simulator(toy_folder, space, deaf=True), space, metrics="counterfactual")
+    for one, other in zip(acted[::2], acted[1::2], strict=True):
+        assert torch.equal(one[:, :6], -other[:, :6]) and one[:, :6].any(1).all()
+        assert torch.equal(one[:, 6:], other[:, 6:])
+    assert len(acted) == 12
+
+
 def test_a_model_of_two_cameras_is_measured_in_both(measure_toy, tmp_path):
     shape = dict(in_channels=192, dim=32, depth=1, heads=1, max_frames=5, num_views=2)
     flags = dict(population=16, num_frames=2, max_steps=2, probe_width=32)
