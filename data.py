@@ -1389,20 +1389,16 @@ def measure(path: Path) -> dict:
 
 
 def convert(args: Args) -> None:
-    """Bring every shard that the index does not name yet into `output_dir`: fetch, write, commit.
-
-    A killed run continues behind its finished shards, and inside those half fetched.
-    """
+    """Fetch, write and commit the shards that the index lacks; a killed run goes on from there."""
     folder, stop = Path(args.output_dir) / args.dataset_name, threading.Event()
     before, records, commit = {}, [], threading.Lock()
     with contextlib.suppress(MissingFileError):
         before, records, _ = read_index(folder)
     source, base, url, shards, read = open_source(args, folder, records)
-    mapping = args.action_mapping or source.mapping
-    map_actions(np.zeros(7), mapping)  # an unknown name ends here
-    fps = args.fps or (before["fps"] if records else source.fps)
-    header = {"dataset": args.dataset_name, "fps": fps}
-    header |= {"action_mapping": mapping, "image_size": args.image_size}
+    header = {"dataset": args.dataset_name, "image_size": args.image_size}
+    header["fps"] = args.fps or (before["fps"] if records else source.fps)
+    header["action_mapping"] = args.action_mapping or source.mapping
+    map_actions(np.zeros(7), header["action_mapping"])  # an unknown name ends here
     if records and before != header:
         raise InputError(f"{folder} was written with {before}, not {header}; take another one")
     if not (records or shards):
