@@ -1332,9 +1332,10 @@ def open_source(args: Args, folder: Path, records: list[dict]) -> tuple:
         if not found:
             if args.splits or args.max_shards:
                 raise InputError("splits and max_shards choose public shards; leave them out")
-            shards = list_own(Path(where), records)
-            first = next(read_own(Path(where) / shards[0].name))
-            fps = first[2].get("fps", 5.0) if isinstance(first, tuple) else 5.0
+            shards, fps = list_own(Path(where), records), 5.0
+            if not (args.fps or records):  # nobody has said it yet: the first episode may
+                first = next(read_own(Path(where) / shards[0].name))
+                fps = first[2].get("fps", fps) if isinstance(first, tuple) else fps
             return Source("", None, "", "raw", fps, ""), Path(where), "", shards, read_own
         base = found[0].parent
     if not public:

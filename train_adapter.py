@@ -346,10 +346,8 @@ def validate(
         values["val_cosine"] = F.cosine_similarity(z_rec, z, dim=-1)
         values["pca_cosine"] = F.cosine_similarity(z_pca, z, dim=-1)
         if painted is not None:
-            values |= {
-                "val_psnr": psnr(painted, frames),
-                "val_gauss_ssim": ms_ssim(painted, frames, 1),
-            }
+            values["val_psnr"] = psnr(painted, frames)
+            values["val_gauss_ssim"] = ms_ssim(painted, frames, 1)
         if encoder.has_decoder:
             values["pca_psnr"] = psnr(encoder.decode(z_pca), frames)
         for name, value in values.items():

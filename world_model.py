@@ -547,9 +547,8 @@ def main() -> None:
     actions = read_actions(args.actions)
     actions = model.map_actions(actions) if args.raw else actions
     random = torch.Generator().manual_seed(args.seed)
-    video = [model.reset(still if V > 1 else still[0])]
-    video.append(model.generate_chunk(actions, generator=random))
-    video = torch.cat(video, -4)
+    known = model.reset(still if V > 1 else still[0])
+    video = torch.cat((known, model.generate_chunk(actions, generator=random)), -4)
     video = torch.cat(video.unbind(), -2) if V > 1 else video  # views side by side
     data.write_gif(args.output, video, model.clip_format["fps"])
     print(f"wrote {args.output}")
