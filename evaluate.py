@@ -1066,12 +1066,12 @@ class Evaluation:
         self, clips: Sequence[int], real: Tensor, actions: Tensor, other: Tensor
     ) -> dict[str, Tensor]:
         """Give the real clips and four to hold against them, views as clips: (B V, T, H, W, 3)."""
-        n, z = self.n, self.space.encode(real)
-        latents = z, self.dream(z, actions, clips), self.dream(z, other, clips)
-        ceiling, new, deaf = (self.space.decode(x).flatten(0, -5) for x in latents)
-        real = real.flatten(0, -5)
-        known, still = real[:, :n], real[:, n - 1 : n].expand_as(new[:, n:])
-        futures = {"model": new[:, n:], "shuffled": deaf[:, n:], "copy": still}
+        space, n, z = self.space, self.n, self.space.encode(real)
+        dreams = (self.dream(z, beside, clips) for beside in (actions, other))
+        new, deaf = (space.decode_new(x, n // space.temporal_stride).flatten(0, -5) for x in dreams)
+        ceiling, real = space.decode(z).flatten(0, -5), real.flatten(0, -5)
+        known, still = real[:, :n], real[:, n - 1 : n].expand_as(new)
+        futures = {"model": new, "shuffled": deaf, "copy": still}
         videos = {"real": real, "ceiling": ceiling}
         videos |= {kind: torch.cat([known, x], 1) for kind, x in futures.items()}
         for kind, video in videos.items():

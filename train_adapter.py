@@ -103,7 +103,7 @@ class Args:
     warmup_epochs: float = 0.0  # linear warm-up from lr / 1000
     final_lr: float = 1.0  # last learning rate of the cosine, as a share of the peak
     weight_decay: float = 1e-4  # AdamW
-    clip_grad: float = 1.0  # largest gradient norm, of adapter and decoder each
+    clip_grad: float = 1.0  # largest gradient norm, of adapter and decoder each; 0: any
     # -- run
     output_dir: str | None = None  # default: outputs/adapter_<adapter_type>
     resume: str | None = None  # run folder to continue; no other flag is needed
@@ -454,7 +454,8 @@ def main() -> None:
         slow = torch.optim.AdamW(critic.parameters(), lr=4e-5, betas=(0.0, 0.99), fused=True)
         parts |= {"critic": critic, "critic_optimizer": slow}
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
-    clip = functools.partial(torch.nn.utils.clip_grad_norm_, max_norm=args.clip_grad, foreach=True)
+    bound = {"max_norm": args.clip_grad or math.inf, "foreach": True}
+    clip = functools.partial(torch.nn.utils.clip_grad_norm_, **bound)
 
     # 6. The run folder: a new one, or one to go on with.
     folder = Path(args.resume or args.output_dir or f"outputs/adapter_{args.adapter.adapter_type}")

@@ -97,7 +97,7 @@ class Args:
     warmup_epochs: float = 3.0  # linear warm-up from lr / 1000
     final_lr: float = 0.7  # last learning rate of the cosine, as a share of the peak
     weight_decay: float = 2e-3  # AdamW
-    clip_grad: float = 1.0  # largest gradient norm
+    clip_grad: float = 1.0  # largest gradient norm; 0: any
     ema: float = 0.9995  # decay of the weight average (ramped up over the first steps)
     # -- run
     output_dir: str | None = None  # default: outputs/<timestamp>
@@ -197,13 +197,12 @@ def validate(model: Model, clips: Clip, args: Args, proc: Processes) -> dict[str
         real, *acts = (x[i].to(proc.device) for x in (*clips, swapped))
         z = space.encode(real)
         dreams = [dream(model, z, a, now, args.seed + i) for a in acts]
-        shown = [x[:, now:] for x in (*dreams, z[:, now - 1 : now].expand_as(z), z)]
         if space.has_decoder:
-            shown = [space.decode(x) for x in shown]
-            shown[2] = real[..., n - 1 : n, :, :, :]
+            *shown, ceiling = (space.decode_new(x, now) for x in (*dreams, z))
+            shown += [real[..., n - 1 : n, :, :, :], ceiling]
             values = [psnr(x, real[..., n:, :, :, :]) for x in shown]
         else:
-            values = [(x - shown[3]).square() for x in shown[:3]]
+            values = [(x - z)[:, now:].square() for x in (*dreams, z[:, now - 1 : now])]
         sums += torch.tensor([len(i), *(v.flatten(1).mean(1).sum().item() for v in values)])
     count, *sums = proc.total(sums).tolist()
     kind = "psnr" if space.has_decoder else "latent_mse"
@@ -436,7 +435,7 @@ def main() -> None:
                 loss, logs = objective.loss(velocity, z, actions, history, **draws)
                 (loss / args.grad_accum).backward()
             run.add(**logs)
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_grad, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_grad or math.inf, foreach=True)
         decay = min(args.ema, (1 + run.step) / (10 + run.step))
         run.update(norm)
         torch._foreach_lerp_(average, weights, 1 - decay)

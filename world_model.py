@@ -86,6 +86,11 @@ class LatentSpace(nn.Module):
             return self.pixel_decoder(z).float().clamp(0, 1)
         return self.encoder.decode(self.adapter.decode(z) if self.adapter else z)
 
+    def decode_new(self, z: Tensor, n: int) -> Tensor:
+        """Decode what follows the first n latents; a decoder of frame pairs sees the one before."""
+        s, lead = self.temporal_stride, int(self.temporal_stride > 1)
+        return self.decode(z[:, n - lead :])[..., lead * s :, :, :, :]
+
     def group_actions(self, actions: Tensor) -> Tensor:
         """Put the actions of a latent's frames side by side: (B, T, A) -> (B, T', stride A)."""
         return actions.unflatten(1, (-1, self.temporal_stride)).flatten(2)
@@ -431,8 +436,7 @@ class WorldModel:
             self.cache = None  # it has gone ahead of z
             raise InputError(DIVERGED)
         self.z, self.actions = z[:, -keep:], actions[:, -keep * s :]
-        lead = int(s > 1)  # a decoder that doubles time also looks at the latent before
-        frames = self.space.decode(z[:, n - lead :])[..., lead * s :, :, :, :]
+        frames = self.space.decode_new(z, n)
         return frames if self.batched else frames[0]
 
     def step(self, action: Array, **draws: Any) -> Tensor:

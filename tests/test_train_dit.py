@@ -262,6 +262,16 @@ def test_the_weight_average_follows_closely_at_first(episodes, tmp_path):
         torch.testing.assert_close(average, expected)
 
 
+def test_a_largest_norm_of_zero_means_that_nothing_is_clipped(episodes, tmp_path):
+    bounds = {
+        bound: train(episodes, tmp_path / bound, "--max_steps", 2, "--clip_grad", bound)
+        for bound in ("0", "1e9", "1e-3")
+    }
+    free, wide, tight = (load_torch(bounds[bound] / "last.pt")["dit"] for bound in bounds)
+    name = "x_proj.weight"
+    assert torch.equal(free[name], wide[name]) and not torch.equal(free[name], tight[name])
+
+
 def test_a_signal_saves_and_names_the_command_to_go_on(episodes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_dit, "draw", draw)
     interrupt(train_dit)

@@ -253,6 +253,17 @@ def test_two_frame_latents_take_two_actions(monkeypatch):
             call()
 
 
+def test_new_frames_of_a_pair_decoder_are_those_of_the_whole_clip():
+    shape = {"latent_dim": 192, "base_channels": 32, "channel_multipliers": (1,)}
+    decoder = PixelDecoder(PixelDecoderConfig(**shape, temporal_upsample=True))
+    space, z = LatentSpace(Pairs(), None, decoder), torch.randn(1, 5, 2, 2, 192)
+    whole = space.decode(z)
+    for n in (1, 3):
+        new = space.decode_new(z, n)
+        assert torch.allclose(new, whole[:, 2 * n :], atol=1e-5)  # float32, other batches
+    assert not torch.allclose(space.decode(z[:, 3:])[:, :1], whole[:, 6:7], atol=1e-3)
+
+
 def test_a_diverged_model_dreams_nothing_and_stays_where_it_was():
     dit = DiT(DiTConfig(192, 1, 64, 1, 1, max_frames=3))
     space = LatentSpace(create_autoencoder(EncoderConfig("pixels", patch_size=8)))
