@@ -126,8 +126,12 @@ def parse_args(cls: type, toy: Any = None, default: Any = None) -> Any:
         words, default = words[1:], default or toy  # of a run that is resumed, its own
     if {"-h", "--help"} & {*words}:
         about = getdoc(cls)  # of a dataclass without its own: its signature
-        print(about if about.endswith(".") else getdoc(sys.modules[cls.__module__]))
-        show_flags(default or cls)
+        try:
+            print(about if about.endswith(".") else getdoc(sys.modules[cls.__module__]))
+            show_flags(default or cls)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     flags = (tyro.conf.FlagConversionOff,)
     return tyro.cli(cls, args=words, default=default, use_underscores=True, config=flags)
@@ -180,9 +184,14 @@ def reading(path: str | Path, remedy: str, *faults: type) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_tensors(path: str | Path, framework: str = "pt", device: Any = "cpu") -> Iterator[tuple]:
+def open_tensors(
+    path: str | Path,
+    framework: str = "pt",
+    device: Any = "cpu",
+    remedy: str = "copy or write it again",
+) -> Iterator[tuple]:
     """Open a safetensors file of ours: (file, metadata); what goes wrong becomes an InputError."""
-    with reading(path, "copy or write it again", SafetensorError, OSError, *DAMAGED):
+    with reading(path, remedy, SafetensorError, OSError, *DAMAGED):
         with safe_open(str(path), framework=framework, device=str(device)) as file:
             yield file, dict(json.loads((file.metadata() or {}).get("metadata", "{}")))
 
@@ -193,15 +202,28 @@ def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> tuple[
         return {name: file.get_tensor(name) for name in file.keys()}, metadata
 
 
+def check_zip(path: str | Path) -> bool:
+    """Compare the checksums in a zip archive, as torch does not; tell whether it is one."""
+    with reading(path, remedy := "fetch or write it again", Exception):
+        if zipped := zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if broken := archive.testzip():
+                    raise InputError(f"{path}: the checksum of {broken} does not match; {remedy}")
+        return zipped
+
+
 def load_torch(path: str | Path) -> Any:
     """Read a `.pt` file on the CPU, without ever running code in it; its checksums must match."""
     remedy = "a file that needs code to run is refused; otherwise fetch or write it again"
-    with reading(path, remedy, Exception):  # of zip, pickle and torch: they name no types
-        if zipped := zipfile.is_zipfile(path):  # older files are none, and cannot be mapped
-            with zipfile.ZipFile(path) as archive:  # torch itself does not look at its checksums
-                if broken := archive.testzip():
-                    raise InputError(f"{path}: the checksum of {broken} does not match; {remedy}")
+    with reading(path, remedy, Exception):  # of pickle and torch: they name no types
+        zipped = check_zip(path)  # older files are none, and cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def load_weights(path: str | Path) -> tuple[Any, dict]:
+    """Read a file of ours or a released `.pt`: (state, our metadata or {})."""
+    ours = Path(path).suffix == ".safetensors"
+    return load_tensors(path) if ours else (load_torch(path), {})
 
 
 def strip_prefixes(state: dict[str, Any]) -> dict[str, Any]:
@@ -494,8 +516,11 @@ def read_index(folder: str | Path) -> tuple[dict, list[dict], dict[str, list[dic
     path, splits = Path(folder) / "index.jsonl", {}
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     if not lines:
-        flags = f"--dataset_name {path.parent.name} --output_dir {path.parent.parent}"
-        raise MissingFileError(f"{path}: no such data set; convert it: python data.py {flags}")
+        name, home = path.parent.name, path.parent.parent
+        remedy = f"check the name, or convert it: data.py --dataset_name {name} --output_dir {home}"
+        if name == "toy":
+            remedy = f"where no folder is, train_dit.py toy --dataset_dir {home} writes it"
+        raise MissingFileError(f"{path}: no such data set; {remedy}")
     with reading(path, REMEDY, *DAMAGED):
         header, *records = map(json.loads, lines)
         records = list({record["shard"]: record for record in records}.values())
@@ -1288,11 +1313,11 @@ def list_shards(info: Any, base: Path, local: bool, args: Args) -> list[Shard]:
 
 def list_own(root: Path, records: list[dict]) -> list[Shard]:
     """List the episodes of a user's own folder; those not yet in the index get free numbers."""
-    foreign = "LeRobot" if (root / "meta/info.json").exists() else ""
+    foreign = "a LeRobot" if (root / "meta/info.json").exists() else ""
     if foreign or next(root.rglob("*.[mM][pP]4"), None):
         raise InputError(
-            f"{root}: a {foreign or 'MP4'} folder; write each episode as .npz with these two lines "
-            "and give their folder as --source\n"
+            f"{root}: {foreign or 'an MP4'} folder; write each episode as .npz with these two lines"
+            " (of PyAV and NumPy) and give their folder as --source\n"
             '    frames = [f.to_ndarray(format="rgb24") for f in av.open(video).decode(video=0)]\n'
             "    np.savez(name, frames=np.stack(frames), actions=actions, language=text)"
         )
@@ -1339,7 +1364,8 @@ def open_source(args: Args, folder: Path, records: list[dict]) -> tuple:
             return Source("", None, "", "raw", fps, ""), Path(where), "", shards, read_own
         base = found[0].parent
     if not public:
-        raise InputError(f"{where}: RLDS data; say which with --dataset_name: {names}")
+        fault = f"RLDS data, {args.dataset_name!r} is none of {names}"
+        raise InputError(f"{where}: {fault}; say which with --dataset_name")
     rlds = load_rlds(base, public)
     read = functools.partial(read_shard, source=public, rlds=rlds, check=args.check_crc)
     with reading(base / "dataset_info.json", "fetch it again", Exception):  # of tfds
@@ -1641,7 +1667,9 @@ class EpisodeDataset(torch.utils.data.Dataset):
     def read_latents(self, episode: Episode, times: np.ndarray) -> torch.Tensor:
         """Read the latents of a clip's frames, and no other bytes: (V, T, h, w, C) float32."""
         path, shape = episode.path, [len(self.config.views), len(episode)]
-        with open_tensors(self.latent_folder(path.parent) / path.name) as (file, metadata):
+        cached = self.latent_folder(path.parent) / path.name
+        remedy = "remove it, then --cache_latents true writes it again"
+        with open_tensors(cached, remedy=remedy) as (file, metadata):
             rows = file.get_slice("z")
             found = rows.get_dtype(), len(rows.get_shape()), rows.get_shape()[:2], metadata
             made_of = {"fingerprint": self.fingerprint, "jpeg_bytes": int(episode.offsets[-1])}
@@ -1890,7 +1918,7 @@ class Run:
             raise InputError(f"{folder}: holds a run; --resume {folder} or take another folder")
         if proc.rank == 0:
             self.prepare()
-        self.signals: list[int] = []
+        self.signals, self.unsaved = [], {}  # numbers; what could not be written, and why
         self.handlers = {
             number: signal.signal(number, lambda number, _: self.signals.append(number))
             for number in (signal.SIGINT, signal.SIGTERM)
@@ -1999,10 +2027,13 @@ class Run:
     def alone(self, write: Callable, *args: Any) -> None:
         """Have rank 0 write while all wait; a run that cannot write goes on, the old files stay."""
         if self.proc.rank == 0:
+            what = str(args[0]) if args else "the log"
+            self.unsaved.pop(what, None)
             try:
                 write(*args)
             except OSError as error:
-                self.say(f"warning: step {self.step} could not be saved ({error}); the run goes on")
+                self.unsaved[what] = error
+                self.say(f"warning: {what} could not be saved ({error}); the run goes on")
         self.proc.meet()
 
     def save(self) -> None:
@@ -2021,8 +2052,8 @@ class Run:
         def write(path: Path) -> None:
             try:
                 torch.save(state, path)
-            except RuntimeError as error:  # what torch makes of a full disk
-                raise OSError(error) from error
+            except RuntimeError as error:  # what torch makes of it
+                raise OSError(f"is the disk full? {error}") from error
             if self.rotate and last.exists():
                 os.replace(last, last.with_name("previous.pt"))
             self.rotate = True
@@ -2137,6 +2168,10 @@ class Run:
             command = f"{launch} {Path(sys.argv[0]).name} --resume {self.folder}"
             self.say(f"stopped at step {self.step}; go on with: {command}")
         self.proc.leave()
+        for what, error in self.unsaved.items():
+            if what.endswith((".pt", ".safetensors")):
+                lost = f"step {self.step} could not be saved ({error})"
+                raise InputError(f"{what}: {lost}; free space, --resume goes on from an older save")
 
 
 # --- Looking at converted data, and the command line.

@@ -314,7 +314,7 @@ OBJECTIVES = {"flow_matching": FlowMatching, "ddpm": DDPM}
 
 def objective_from(values: dict, where: str = "objective") -> Objective:
     """Build an objective from what `Objective.to_dict` stored."""
-    name, fields = values.get("name"), {k: v for k, v in values.items() if k != "name"}
-    if name not in OBJECTIVES:
-        raise InputError(f"{where}: no objective {name!r}; choose {' or '.join(OBJECTIVES)}")
-    return config_from(OBJECTIVES[name], fields, where)
+    if not isinstance(values, dict) or values.get("name") not in [*OBJECTIVES]:
+        raise InputError(f"{where}: no objective {values!r}; choose {' or '.join(OBJECTIVES)}")
+    fields = {k: v for k, v in values.items() if k != "name"}
+    return config_from(OBJECTIVES[values["name"]], fields, where)

@@ -432,9 +432,8 @@ def load_dit(path: str | Path, **overrides: Any) -> DiT:
                max_frames, action_dropout; heads if not of dim 64 (72 at width 1152)
     Raises InputError for anything missing, left over, ambiguous or contradictory.
     """
-    if Path(path).suffix == ".safetensors":
-        return dit_from(*data.load_tensors(path), str(path), **overrides)
-    return dit_from(data.load_torch(path), {}, str(path), **overrides)
+    with data.reading(path, "copy it again", *data.DAMAGED):
+        return dit_from(*data.load_weights(path), str(path), **overrides)
 
 
 def dit_from(state: Any, metadata: dict, where: str, **overrides: Any) -> DiT:

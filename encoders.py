@@ -518,7 +518,7 @@ class QwenTower(Transformer):
 class ViTDecoder(Transformer):
     """Decoder of RAE and Scale-RAE, a ViT-MAE decoder: tokens to the patches of an image."""
 
-    files, needs_config = ("model.pt", "*dec*.pt"), (False, False)
+    files, needs_config = ("model.pt", "*dec*.pt"), (False, True)
     blocks, norm1, norm2 = "decoder_layers.", "layernorm_before", "layernorm_after"
     qkv, proj, fc1, fc2 = DINO.qkv, DINO.proj, ("intermediate.dense",), "output.dense"
 
@@ -663,6 +663,7 @@ class Cosmos(Network):
     def run(self, i: int, x: Tensor) -> Tensor:
         """Run encoder (0) or decoder (1), loaded for x's device: constants of a trace stay put."""
         if (i, x.device) not in self.jits:
+            data.check_zip(self.archives[i])
             jit = torch.jit.load(str(self.archives[i]), map_location=x.device).eval()
             dtypes = [value.dtype for value in (*jit.parameters(), *jit.buffers())]
             self.jits[i, x.device] = jit, (dtypes or [torch.float32])[0]
@@ -696,7 +697,7 @@ def load(cls: type, name: str) -> Network:
     for shard in shards:
         state |= read_tensors(beside(path, name, shard), cls.keep)
     here, hub = cls.needs_config
-    if here if Path(name).expanduser().exists() else hub:
+    if here if Path(name).expanduser().exists() else hub and name != DECODERS["rae"]:  # has none
         config = beside(path, name, "config.json")
     return cls(path, state, read_json(config, "vision_config") if config.is_file() else {})
 

@@ -105,7 +105,7 @@ class Args:
     # -- what
     checkpoint_path: str | None = None  # world_model.safetensors of a run, or a preset's .pt
     model_preset: str | None = None  # a released model, DiT-{S,B,L}_{VAE,WEBSSL_D96,...}
-    objective: Literal["flow_matching", "ddpm"] = "flow_matching"  # of a released model
+    objective: Literal["flow_matching", "ddpm"] | None = None  # of a preset (default: the former)
     metrics: str = "psnr,ssim,lpips,pck_patch,controllability"  # comma-separated
     compare: tuple[str, ...] = ()  # instead, set the results in these run folders side by side
     # -- data; frame size, stride, cameras and action units are the checkpoint's
@@ -911,7 +911,12 @@ def open_model(args: Args, device: Device) -> WorldModel:
     if args.model_preset is None:
         if args.checkpoint_path is None:
             raise InputError("give --checkpoint_path, --model_preset or --compare")
-        return WorldModel(args.checkpoint_path, device, encoder_weights=args.encoder_weights)
+        model = WorldModel(args.checkpoint_path, device, encoder_weights=args.encoder_weights)
+        if args.objective not in (None, trained := model.objective.to_dict()["name"]):
+            raise InputError(
+                f"{args.checkpoint_path}: --objective is its own, {trained}; leave it out"
+            )
+        return model
     size, _, name = args.model_preset.removeprefix("DiT-").partition("_")
     if size not in ("S", "B", "L") or name not in PRESETS:
         known = ", ".join(f"DiT-{{S,B,L}}_{name}" for name in PRESETS)
@@ -925,16 +930,16 @@ def open_model(args: Args, device: Device) -> WorldModel:
             url = f"{HUB}Nilaksh404/semantic-wm/resolve/main/{folder}/{file}"
             raise Unavailable(f"{args.model_preset}: {path} does not exist", url, path)
     space = build_latent_space(EncoderConfig(kind, args.encoder_weights), *map(str, paths[1:]))
-    print(f"{paths[0]}: names no objective; taken as {args.objective} (choose with --objective)")
+    objective = args.objective or "flow_matching"
+    print(f"{paths[0]}: names no objective; taken as {objective} (choose with --objective)")
     shift = default_shift(kind, 256, space.latent_dim)
-    parts = load_dit(paths[0], max_frames=10), OBJECTIVES[args.objective](shift=shift), space
+    parts = load_dit(paths[0], max_frames=10), OBJECTIVES[objective](shift=shift), space
     return WorldModel((*parts, RELEASED), device)
 
 
 def random_cost(generator: torch.Generator, actions: Tensor) -> Tensor:
-    """Tell nothing about actions (N, k, A): random costs (N,), or a random slope for a gradient."""
-    slope = torch.randn(actions.shape, generator=generator).to(actions)
-    return (actions * slope if actions.requires_grad else slope).sum((1, 2))
+    """Tell nothing about actions (N, k, A): random costs (N,)."""
+    return torch.randn(actions.shape, generator=generator).to(actions).sum((1, 2))
 
 
 class Evaluation:
@@ -1164,6 +1169,9 @@ class Evaluation:
         """Search the actions of window i: {kind of costs: errors (k, A)}.
 
         how  (method, k, whether the search starts at the true actions, dims that it searches)
+
+        Without signal, costs are random; to a gradient, so is their one slope. It stands in for a
+        model whose costs have none: the search would stay at its start, as if that were found.
         """
         (method, k, truth, dims), n, actions = how, self.n, self.actions[i]
         random = torch.Generator().manual_seed(self.args.seed + i)
@@ -1176,6 +1184,11 @@ class Evaluation:
         options = self.cem | {"generator": random} if method == "cem" else {}
         costs = {"model": candidate_cost(*known, z[n : n + k], noise, last)}
         costs["no signal"] = functools.partial(random_cost, random)
+        if method == "gradient":
+            slope = torch.randn(start.shape, generator=random).to(start)
+            costs["no signal"] = lambda actions: (actions * slope).sum((1, 2))
+            if not costs["model"](torch.stack((start, start + 1))).diff():
+                costs["model"] = costs["no signal"]
         found = {x: PLANNERS[method](costs[x], start, dims, **options)[0] for x in kinds}
         return {kind: actions - true for kind, actions in found.items()}
 

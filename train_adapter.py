@@ -402,7 +402,7 @@ def main() -> None:
     train_set, test_set = EpisodeDataset(config, "train"), EpisodeDataset(config, "test")
     served = {"frames": train_set} if args.use_pixel_decoder or not args.cache_latents else {}
     if args.cache_latents:
-        name = f"{encoder.fingerprint}-{args.image_size}"
+        name = encoder.fingerprint
         data.fill_cache(config, proc, name, encoder.encode, encoder.temporal_stride)
         served["z"] = EpisodeDataset(config, "train", name)
 
@@ -508,8 +508,8 @@ def main() -> None:
         run.update(*norms.values())
         run.report(lr, **norms)
 
-    run.say(f"{folder / 'adapter.safetensors'} holds the adapter of step {run.step}")
     run.end()
+    run.say(f"{folder / 'adapter.safetensors'} holds the adapter of step {run.step}")
 
 
 if __name__ == "__main__":

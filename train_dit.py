@@ -31,7 +31,7 @@ import data
 import world_model
 from data import Clip, EpisodeDataset, InputError, Processes, Run, begin, choose_clips, psnr, wrap
 from diffusion import OBJECTIVES, draw
-from dit import DIT_SIZES, DiT, DiTConfig, load_dit
+from dit import DIT_SIZES, DiT, DiTConfig
 from encoders import ROWS, EncoderConfig
 from world_model import LatentSpace, Model, dream
 
@@ -366,7 +366,9 @@ def main() -> None:
     shape = choose_dit(args, space.latent_dim, z.shape[1], beside.shape[-1])
     dit = DiT(shape).to(proc.device)
     if pretrained := None if args.resume else args.pretrained_checkpoint:
-        data.load_strictly(dit, load_dit(pretrained).state_dict(), pretrained)
+        flags = "temporal_mode", "view_rope", "objective", "standardize"
+        found = world_model.load_pretrained(pretrained, {k: getattr(args, k) for k in flags})
+        data.load_strictly(dit, found.state_dict(), pretrained)
     frozen = freeze(dit, args.freeze)
     tokens = z.shape[2] * z.shape[3] // args.num_views // shape.patch_size**2
     if (shift := args.shift) is None:

@@ -257,17 +257,21 @@ def candidate_cost(
 
 # -- The one file of a trained model, and the model.
 
+CLIP_FORMAT = {"image_size": int, "stride": int, "num_history": int, "action_merge": str}
+CLIP_FORMAT |= {"action_mapping": str, "fps": (int, float)}
+SCALE = "latent.mean", "latent.std"  # tensors of a model that was trained with `standardize`
+
 
 def save_world_model(
     path: str | Path, dit: DiT, objective: Objective, space: LatentSpace, clip_format: dict
 ) -> None:
     """Write the one file that `WorldModel` needs besides public encoder weights.
 
-    clip_format  {image_size, stride, num_history, action_merge, action_mapping, fps} of training
+    clip_format  what CLIP_FORMAT names, as in training
     """
     encoder = space.encoder
     tensors, metadata = pack(dit=dit, adapter=space.adapter, pixel_decoder=space.pixel_decoder)
-    tensors |= {} if space.mean is None else {"latent.mean": space.mean, "latent.std": space.std}
+    tensors |= {} if space.mean is None else dict(zip(SCALE, (space.mean, space.std), strict=True))
     metadata |= {"objective": objective.to_dict(), "data": clip_format}
     metadata |= {"encoder_config": dataclasses.asdict(encoder.config)}
     metadata |= {"encoder_fingerprint": encoder.fingerprint, "input_dim": encoder.latent_dim}
@@ -279,21 +283,49 @@ def load_world_model(
 ) -> tuple[DiT, Objective, LatentSpace, dict]:
     """Read what `save_world_model` wrote: (dit, objective, space, clip_format)."""
     where = str(path)
-    tensors, metadata = data.load_tensors(where)
+    tensors, metadata = data.load_weights(where)
     stored = "objective data input_dim encoder_fingerprint encoder_config dit_config adapter_config"
     if not {*stored.split(), "pixel_decoder_config"} <= metadata.keys():
         raise InputError(f"{where}: is not a world model; give world_model.safetensors of a run")
     given = {"weights": encoder_weights, "decoder_weights": decoder_weights}
-    values = metadata["encoder_config"] | {name: path for name, path in given.items() if path}
-    encoder = create_autoencoder(data.config_from(EncoderConfig, values, where))
+    with data.reading(where, "copy it again", *data.DAMAGED):
+        values = metadata["encoder_config"] | {name: path for name, path in given.items() if path}
+        config, clip_format = data.config_from(EncoderConfig, values, where), metadata["data"]
+        objective = objective_from(metadata["objective"], where)
+        if not all(isinstance(clip_format[name], kind) for name, kind in CLIP_FORMAT.items()):
+            raise ValueError(f"clips are {clip_format}")
+    encoder = create_autoencoder(config)
     if encoder.fingerprint != (trained := metadata["encoder_fingerprint"]):
         found = f"was trained on encoder {trained}, here is {encoder.fingerprint}"
         raise InputError(f"{where}: {found}; point encoder_weights at the weights of its training")
     with data.reading(where, "copy it again", RuntimeError, *data.DAMAGED):
         dit, parts = dit_from(tensors, metadata, where), adapter_from(tensors, metadata, where)
-    space = LatentSpace(encoder, *parts, num_views=dit.config.num_views)
-    space.mean, space.std = tensors.get("latent.mean"), tensors.get("latent.std")
-    return dit, objective_from(metadata["objective"], where), space, metadata["data"]
+        space = LatentSpace(encoder, *parts, num_views=dit.config.num_views)
+        if tensors.keys() & {*SCALE}:
+            space.mean, space.std = (tensors[name].reshape(space.latent_dim) for name in SCALE)
+    return dit, objective, space, clip_format
+
+
+def load_pretrained(path: str | Path, flags: dict[str, Any]) -> DiT:
+    """Read the DiT to start from; a file that says it was trained with other flags is refused.
+
+    flags  temporal_mode, view_rope, objective (a name), standardize; released files tell none
+    """
+    tensors, metadata = data.load_weights(where := str(path))
+    own = "objective" in metadata
+    with data.reading(where, "copy it again", *data.DAMAGED):
+        untold = {} if own else {"temporal_mode": flags["temporal_mode"]}
+        dit = dit_from(tensors, metadata, where, **untold)
+    if not own:
+        return dit
+    names = ["temporal_mode", *["view_rope"] * (dit.config.num_views > 1)]
+    trained = {name: getattr(dit.config, name) for name in names}
+    trained["objective"] = objective_from(metadata["objective"], where).to_dict()["name"]
+    trained["standardize"] = SCALE[0] in tensors
+    for name, value in trained.items():
+        if value != flags[name]:
+            raise InputError(f"{where}: was trained with {name} {value}; give --{name} {value}")
+    return dit
 
 
 class WorldModel:

@@ -181,8 +181,10 @@ def test_index_line_cut_by_a_kill_was_never_written(tmp_path):
         assert data.read_index(path.parent)[2] == {"train": entries}
     for cut in (b"", whole[:30]):  # not even its first line was written
         path.write_bytes(cut)
-        with pytest.raises(data.MissingFileError, match="no such data set"):
+        with pytest.raises(data.MissingFileError, match="no such data set; check the name"):
             data.read_index(path.parent)
+    with pytest.raises(data.MissingFileError, match="train_dit.py toy --dataset_dir .* writes it"):
+        data.read_index(tmp_path / "toy")
     path.write_bytes(whole + b"{")
     data.append_index(path.parent, {"shard": "b", "episodes": {"test": entries[:1]}})
     assert data.read_index(path.parent)[2] == {"train": entries, "test": entries[:1]}
@@ -1036,11 +1038,11 @@ def test_damaged_file_of_an_own_folder_is_named(tmp_path, file):
         convert(tmp_path / "mine", tmp_path / "out", "mine")
 
 
-@pytest.mark.parametrize("kind, file", [("LeRobot", "meta/info.json"), ("MP4", "a/b.mp4")])
+@pytest.mark.parametrize("kind, file", [("a LeRobot", "meta/info.json"), ("an MP4", "a/b.mp4")])
 def test_video_folders_are_answered_with_two_lines_of_python(tmp_path, kind, file):
     (tmp_path / "in" / file).parent.mkdir(parents=True)
     (tmp_path / "in" / file).write_text("{}")
-    with pytest.raises(data.InputError, match=f"a {kind} folder") as error:
+    with pytest.raises(data.InputError, match=f"{kind} folder") as error:
         convert(tmp_path / "in", tmp_path / "out", "mine")
     lines = [line for line in str(error.value).splitlines() if line.startswith("    ")]
     assert len(lines) == 2
@@ -1317,8 +1319,8 @@ def test_partial_and_stale_caches_are_refused(tmp_path):
     data.write_episode(tmp_path / "robot/train/000000000.safetensors", frames, actions, {})
     dataset = opened_latents(tmp_path)
     assert dataset[1].frames.shape == (4, 4, 4, 3)
-    with pytest.raises(data.InputError, match="stale"):  # as long as before, of other pictures
-        dataset[0]
+    with pytest.raises(data.InputError, match="stale.*remove it, then --cache_latents true"):
+        dataset[0]  # as long as before, of other pictures
 
 
 def test_cache_interrupted_at_any_write_continues(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import urllib.error
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -741,6 +742,24 @@ def test_the_decoder_of_a_release_is_fetched_when_it_is_needed(offline, monkeypa
     assert encoder.decode(z).shape == (1, 1, 20, 20, 3)
 
 
+@pytest.mark.parametrize("name", [encoders.DECODERS["rae"], "somebody/decoder"])
+def test_a_decoder_of_the_hub_comes_with_its_config(monkeypatch, tmp_path, name):
+    rae_decoder(tmp_path / "hub")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "hub" / "config.json").rename(tmp_path / "elsewhere" / "config.json")
+    asked = []
+
+    def fetch(_, file, cached):
+        asked.append(file)
+        return tmp_path / ("hub" if file == "model.pt" else "elsewhere") / file
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(encoders, "fetch", fetch)
+    own = name != encoders.DECODERS["rae"]  # that release has none
+    assert encoders.load(encoders.ViTDecoder, name).heads == (4 if own else 16)
+    assert asked == ["model.pt"] + ["config.json"] * own
+
+
 def test_scale_rae_decodes_with_the_normalisation_of_its_encoder(tmp_path):
     siglip(tmp_path / "encoder")
     model = rae_decoder(tmp_path / "decoder")
@@ -769,9 +788,18 @@ def test_cosmos_runs_archives_in_their_own_dtype(tmp_path, dtype):
         encoder.encode(torch.rand(1, 1, 20, 16, 3))
     for file in ("encoder.jit", "decoder.jit"):
         cosmos(tmp_path / file, dtype)
-        for damaged in (b"", (tmp_path / file / file).read_bytes()[:900]):
+        content = bytearray((tmp_path / file / file).read_bytes())
+        flipped = content.copy()
+        with zipfile.ZipFile(tmp_path / file / file) as archive:
+            weight = max(archive.infolist(), key=lambda x: ("/data/" in x.filename, x.file_size))
+        flipped[weight.header_offset + 200] ^= 64  # in a weight: torch itself would not notice
+        for damaged, fault in (
+            (b"", "truncated or of another format"),
+            (content[:900], "truncated or of another format"),
+            (flipped, "the checksum of .* does not match"),
+        ):
             (tmp_path / file / file).write_bytes(damaged)
-            with pytest.raises(InputError, match=f"{file}: truncated or of another format"):
+            with pytest.raises(InputError, match=f"{file}: {fault}"):
                 create_autoencoder(EncoderConfig("cosmos", weights=str(tmp_path / file)))
         (tmp_path / file / file).unlink()
         with pytest.raises(MissingFileError, match=file):

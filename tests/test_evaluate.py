@@ -1,6 +1,7 @@
 """Claims of evaluate.py: metrics against their definitions, protocols against known answers."""
 
 import copy
+import dataclasses
 import importlib.metadata
 import itertools
 import json
@@ -606,6 +607,18 @@ def test_gradient_and_grid_search_report_their_errors_and_limits(measure_world):
     assert rows["gradient_k1_zero"]["value"] < rows["gradient_k1_zero"]["beside"]["no signal"]
     assert rows["grid_k1"]["value"] == rows["grid_k1_zero"]["value"] < 1
     assert rows["grid_k4"]["value"] is None and "candidates" in rows["grid_k4"]["reason"]
+
+
+def test_costs_without_a_gradient_are_no_signal(measure_world, tmp_path, capsys):
+    flags = {"metrics": "controllability", "searches": "gradient", "windows": 4}
+    rows = measure_world(deaf=True, **flags)["metrics"]
+    said = capsys.readouterr().out
+    for name in ("gradient_k1", "gradient_k1_zero"):  # not 0, the error of staying at the truth
+        row = rows[name]
+        assert row["value"] == row["beside"]["no signal"] > 1  # 50 steps of 0.01, 7 numbers
+        assert f"{name} finds none, as far as these clips can tell" in said
+    measure_world(**flags, output_dir=str(tmp_path / "hears"))
+    assert "gradient_k1_zero finds actions" in capsys.readouterr().out
 
 
 def test_a_search_starts_at_the_truth_or_at_zero_where_it_searches(measure_world, monkeypatch):
@@ -1379,3 +1392,12 @@ def test_a_preset_names_its_files_and_where_to_fetch_them(tmp_path):
         evaluate.open_model(evaluate.Args(model_preset="DiT-M_VAE"), CPU)
     with pytest.raises(evaluate.InputError, match="--checkpoint_path"):
         evaluate.open_model(evaluate.Args(), CPU)
+
+
+def test_an_objective_that_is_not_the_models_own_is_refused(monkeypatch):
+    monkeypatch.setattr(evaluate, "WorldModel", lambda *_, **__: linear_model())
+    args = evaluate.Args(checkpoint_path="m.safetensors", objective="ddpm")
+    with pytest.raises(evaluate.InputError, match="its own, flow_matching"):
+        evaluate.open_model(args, CPU)
+    same = dataclasses.replace(args, objective="flow_matching")
+    assert evaluate.open_model(same, CPU).objective == FlowMatching(steps=2)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import re
 import shlex
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -97,6 +98,13 @@ def test_help_says_of_every_flag_its_value_and_meaning(name, monkeypatch, capsys
                 shown = shown[len(str(value)) :]
             assert len(shown.strip()) > 3  # the comment
         assert max(map(len, said.partition("  --")[2].splitlines())) <= 90
+
+
+def test_a_reader_that_has_seen_enough_of_the_help_ends_it_quietly():
+    words = [sys.executable, str(Path(data.__file__)), "--help"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 0
 
 
 def test_help_shows_the_groups_of_the_config(monkeypatch, capsys):

@@ -508,8 +508,18 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(
     monkeypatch.setattr(train_dit.Run, "save", full)
     train(episodes, folder, "--max_steps", 4, "--save_every", 1)
     assert kept == [1, 1, 1, 4] and len(losses(folder)) == 4
-    assert capsys.readouterr().out.count("could not be saved") == 2
+    assert capsys.readouterr().out.count("last.pt could not be saved") == 2
     assert not list(folder.glob(".*.tmp"))
+
+
+def test_a_run_whose_end_could_not_be_saved_does_not_end_well(episodes, tmp_path, monkeypatch):
+    def full(state, path):
+        raise RuntimeError("unexpected pos 960192 vs 960080")  # as torch.save says it
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match="last.pt: step 2 could not be saved .is the disk full"):
+        train(episodes, tmp_path / "run", "--max_steps", 2)
+    assert (tmp_path / "run" / "world_model.safetensors").exists()
 
 
 def test_the_weight_average_is_validated_and_written(episodes, tmp_path, monkeypatch):
@@ -762,6 +772,26 @@ def test_a_dry_run_reads_nothing_and_scales_with_gpus_and_cache(capsys):
     parameters = sum(p.numel() for p in model.parameters())
     assert hours(1) == pytest.approx(4 * hours(4), rel=0.05)
     assert hours(1, cache_latents=True) < 0.5 * hours(1)  # most of it is the encoder's
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (("--temporal_mode", "joint"), "temporal_mode factored; give --temporal_mode factored"),
+        (("--objective", "ddpm"), "objective flow_matching; give"),
+        (("--standardize", "false"), "standardize True; give"),
+        (("--num_views", 2, "--view_rope", "official"), "view_rope additive; give"),
+    ],
+)
+def test_weights_to_start_from_are_of_the_same_kind(episodes, straight, tmp_path, flags, complaint):
+    path = straight / "world_model.safetensors"
+    if "--view_rope" in flags:  # of one view, any order may come
+        tensors, metadata = load_tensors(path)
+        metadata["dit_config"]["num_views"] = 2
+        data.save_tensors(path := tmp_path / "two.safetensors", tensors, metadata)
+    with pytest.raises(InputError, match=complaint):
+        train(episodes, tmp_path / "run", "--pretrained_checkpoint", path, *flags)
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_view_becomes_three_and_frozen_parameters_stay(episodes, straight, tmp_path, capsys):

@@ -11,9 +11,9 @@ from PIL import Image
 
 import world_model
 from adapter import AdapterConfig, PixelDecoder, PixelDecoderConfig, create_adapter
-from data import InputError, map_actions, save_tensors
+from data import InputError, load_tensors, map_actions, save_tensors
 from diffusion import DDPM, FlowMatching
-from dit import DiT, DiTConfig, merge_views, split_views
+from dit import DiT, DiTConfig, load_dit, merge_views, split_views
 from encoders import EncoderConfig, create_autoencoder
 from world_model import (
     PLANNERS,
@@ -358,6 +358,37 @@ def test_a_refused_reset_changes_nothing(model):
     frame = model.step(action, noise=noise)  # NumPy's arrays serve everywhere
     model.restore(before)
     assert torch.equal(model.step(torch.zeros(10), noise=torch.zeros(noise.shape)), frame)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, [], "x", {"image_size": "16"}])
+@pytest.mark.parametrize("field", ["objective", "data", "encoder_config", "dit_config"])
+def test_damaged_metadata_is_refused_by_name(tmp_path, model, field, wrong):
+    tensors, metadata = load_tensors(tmp_path / "world_model.safetensors")
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, tensors, metadata | {field: wrong})
+    with pytest.raises(InputError, match="x.safetensors: "):
+        WorldModel(path)
+    if field == "dit_config":
+        with pytest.raises(InputError, match="x.safetensors: "):
+            load_dit(path)
+
+
+@pytest.mark.parametrize("scale", [{"std": 192}, {"mean": 192}, {"mean": 3, "std": 192}])
+def test_half_a_latent_scale_is_refused(tmp_path, model, scale):
+    tensors, metadata = load_tensors(tmp_path / "world_model.safetensors")
+    tensors = {name: x for name, x in tensors.items() if not name.startswith("latent.")}
+    tensors |= {f"latent.{name}": torch.ones(n) for name, n in scale.items()}
+    save_tensors(tmp_path / "x.safetensors", tensors, metadata)
+    with pytest.raises(InputError, match="x.safetensors: "):
+        WorldModel(tmp_path / "x.safetensors")
+
+
+def test_released_weights_to_start_from_take_the_attention_of_the_flags(tmp_path):
+    dit = DiT(DiTConfig(192, 1, 64, 2, 1, wide_head=False))
+    torch.save({"ema": dit.state_dict()}, tmp_path / "released.pt")
+    found = world_model.load_pretrained(tmp_path / "released.pt", {"temporal_mode": "joint"})
+    assert found.config.temporal_mode == "joint"
+    assert torch.equal(found.x_proj.weight, dit.x_proj.weight)
 
 
 def test_a_file_of_another_encoder_or_kind_is_refused(tmp_path, model):
