@@ -982,9 +982,10 @@ class Evaluation:
         weights = hashlib.sha256(self.space.fingerprint.encode())
         for x in self.model.dit.state_dict().values():
             weights.update(x.cpu().numpy().tobytes())
-        clips = [(*info["path"].parts[-3:], *info["times"].tolist()) for info in self.infos]
-        clips = hashlib.sha256(json.dumps(clips).encode())
-        subject = {"weights": weights.hexdigest()[:16], "clips": clips.hexdigest()[:16]}
+        names = [(*info["path"].parts[-3:], *info["times"].tolist()) for info in self.infos]
+        names = hashlib.sha256(json.dumps(names).encode())
+        subject = {"weights": weights.hexdigest()[:16], "clips": names.hexdigest()[:16]}
+        self.cache, clips.fingerprint = clips, self.space.encoder.fingerprint
         self.folder = Path(args.output_dir or Path(args.checkpoint_path or "outputs/_").parent)
         self.out = Results(self.folder, args, proc, **subject)
 
@@ -1047,6 +1048,17 @@ class Evaluation:
         """Give the encoder's features of real frames: (B, [V,] T, H, W, 3) -> (B, T, h, V w, C)."""
         x = self.space.encoder.encode(frames)
         return merge_views(x) if self.space.num_views > 1 else x
+
+    def known_features(self, info: dict, places: Any = slice(None)) -> Tensor:
+        """Give those of a clip's frames (1, T, h, V w, C), from the latent cache if they are there.
+
+        train_adapter.py --cache_latents writes it, and train_dit.py for a model without adapter.
+        """
+        path = info["path"]
+        if not (self.cache.latent_folder(path.parent) / path.name).exists():
+            return self.real_features(self.filmed(info, places))
+        x = self.cache.read_latents(data.Episode(path), info["times"][places]).to(self.device)
+        return merge_views(x[None]) if len(x) > 1 else x
 
     def dreamed_features(self, z: Tensor) -> Tensor:
         """Give the encoder's features that dreamed latents stand for: (B, T, h, V w, C)."""
@@ -1223,7 +1235,7 @@ class Evaluation:
         """
 
         def look(info: dict) -> Tensor:
-            return self.real_features(self.filmed(info)).flatten(2, 3)
+            return self.known_features(info).flatten(2, 3)
 
         shape = look(clips.info(0)).shape[1:]
         most = math.ceil(8 * self.args.max_steps / (shape[0] - max(self.horizons)))
@@ -1291,7 +1303,7 @@ class Evaluation:
         infos.sort(key=lambda info: info["success"])  # so that both parts have both classes
 
         def look(info: dict) -> Tensor:
-            return self.pooled(self.real_features(self.filmed(info, info["seen"])))
+            return self.pooled(self.known_features(info, info["seen"]))
 
         x = self.encode_all(infos, look, "features").to(self.device)
         y = torch.tensor([float(info["success"]) for info in infos], device=self.device)

@@ -701,6 +701,28 @@ def test_inverse_dynamics_learns_from_every_window_of_one_bank_of_bounded_size(
         assert held.sum() == 2 * (6 - k)  # two of twenty episodes
 
 
+@pytest.mark.parametrize("views", [1, 2])
+def test_probes_read_what_they_learn_from_in_the_latent_cache(tmp_path, monkeypatch, views):
+    data.generate_toy(tmp_path, data.ToyConfig(size=16, episodes=4, test_episodes=2, steps=(9, 9)))
+    encoder = create_autoencoder(EncoderConfig(patch_size=4))
+    stored = {"image_size": 16, "stride": 1, "num_history": 2, "action_merge": "drop"}
+    config = data.DataConfig(str(tmp_path), "toy", image_size=16, stride=1, views=views)
+    space = LatentSpace(encoder, num_views=views)
+    parts = FlowMatching(steps=2), space, stored | {"action_mapping": "bridge", "fps": 5}
+    dit = DiT(DiTConfig(48, 1, 64, 1, 1, num_views=views, max_frames=6))
+    monkeypatch.setattr(evaluate, "open_model", lambda *_: WorldModel((dit, *parts), CPU))
+    args = evaluate.Args(dataset_dir=str(tmp_path), subset_names="toy", output_dir=str(tmp_path))
+    tested = evaluate.Evaluation(args, data.Processes(0, 1, CPU))
+    clips = data.EpisodeDataset(tested.config, "train")
+    wanted = [tested.known_features(clips.info(i), slice(2, 5)) for i in range(4)]
+    data.write_latent_cache(config, "train", encoder.fingerprint, encoder.encode)
+    monkeypatch.setattr(tested, "filmed", None)  # no frame is read any more
+    for i, z in enumerate(wanted):
+        found = tested.known_features(clips.info(i), slice(2, 5))
+        assert found.shape == (1, 3, 4, 4 * views, 48)
+        assert torch.equal(found, z.bfloat16().float())
+
+
 def test_success_probes_tell_bright_episodes_real_and_dreamed(measure_world):
     rows = measure_world(metrics="probe", max_steps=30, probe_width=32)["metrics"]
     assert rows["probe_text"]["value"] is None and "siglip2" in rows["probe_text"]["url"]
