@@ -245,9 +245,18 @@ def load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor], where
 
 def config_from(cls: type, values: dict, where: str) -> Any:
     """Build a config dataclass from stored values; unknown or ill-typed fields are refused."""
+    types, simple = (
+        getattr(cls, "__dataclass_fields__", {}),
+        {"str", "bool", "int", "float", "None"},
+    )
     try:
+        for name, value in values.items():
+            kinds = {*types[name].type.split(" | ")} if name in types else {""}
+            kind = "None" if value is None else type(value).__name__
+            if kinds <= simple and kind not in kinds and not (kind == "int" and "float" in kinds):
+                raise TypeError(f"{name} is {value!r}, not {types[name].type}")
         return cls(**values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{where}: {error}; take the version or the options it fits") from error
 
 
@@ -519,7 +528,7 @@ def read_index(folder: str | Path) -> tuple[dict, list[dict], dict[str, list[dic
         name, home = path.parent.name, path.parent.parent
         remedy = f"check the name, or convert it: data.py --dataset_name {name} --output_dir {home}"
         if name == "toy":
-            remedy = f"where no folder is, train_dit.py toy --dataset_dir {home} writes it"
+            remedy = f"remove its folder, if any: train_dit.py toy --dataset_dir {home} writes it"
         raise MissingFileError(f"{path}: no such data set; {remedy}")
     with reading(path, REMEDY, *DAMAGED):
         header, *records = map(json.loads, lines)
@@ -2032,7 +2041,7 @@ class Run:
             try:
                 write(*args)
             except OSError as error:
-                self.unsaved[what] = error
+                self.unsaved[what] = str(error)  # itself would keep what was to be written
                 self.say(f"warning: {what} could not be saved ({error}); the run goes on")
         self.proc.meet()
 
@@ -2170,8 +2179,9 @@ class Run:
         self.proc.leave()
         for what, error in self.unsaved.items():
             if what.endswith((".pt", ".safetensors")):
-                lost = f"step {self.step} could not be saved ({error})"
-                raise InputError(f"{what}: {lost}; free space, --resume goes on from an older save")
+                saved = any((self.folder / f"{name}.pt").exists() for name in ("last", "previous"))
+                again = f"--resume {self.folder}" if saved else "begin again"
+                raise InputError(f"{what}: could not be saved ({error}); mend that and {again}")
 
 
 # --- Looking at converted data, and the command line.

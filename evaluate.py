@@ -105,7 +105,7 @@ class Args:
     # -- what
     checkpoint_path: str | None = None  # world_model.safetensors of a run, or a preset's .pt
     model_preset: str | None = None  # a released model, DiT-{S,B,L}_{VAE,WEBSSL_D96,...}
-    objective: Literal["flow_matching", "ddpm"] | None = None  # of a preset (default: the former)
+    objective: Literal["flow_matching", "ddpm"] | None = None  # of a preset (none: flow_matching)
     metrics: str = "psnr,ssim,lpips,pck_patch,controllability"  # comma-separated
     compare: tuple[str, ...] = ()  # instead, set the results in these run folders side by side
     # -- data; frame size, stride, cameras and action units are the checkpoint's
@@ -957,7 +957,8 @@ class Evaluation:
         steps = args.num_frames or max(1, window - n)
         if n % (s := self.space.temporal_stride) or steps % s:
             raise InputError(f"latents hold {s} frames: give num_context, num_frames in multiples")
-        self.args = args = dataclasses.replace(args, num_context=n, num_frames=steps)
+        own = self.model.objective.to_dict()["name"]
+        self.args = args = dataclasses.replace(args, num_context=n, num_frames=steps, objective=own)
         self.horizons = [int(k) for k in args.horizons.split(",")]
         if max(self.horizons) > steps:
             raise InputError(f"--horizons {args.horizons}: only {steps} frames are predicted")
@@ -983,9 +984,10 @@ class Evaluation:
         for x in self.model.dit.state_dict().values():
             weights.update(x.cpu().numpy().tobytes())
         names = [(*info["path"].parts[-3:], *info["times"].tolist()) for info in self.infos]
-        names = hashlib.sha256(json.dumps(names).encode())
-        subject = {"weights": weights.hexdigest()[:16], "clips": names.hexdigest()[:16]}
-        self.cache, clips.fingerprint = clips, self.space.encoder.fingerprint
+        digest = hashlib.sha256(json.dumps(names).encode())
+        subject = {"weights": weights.hexdigest()[:16], "clips": digest.hexdigest()[:16]}
+        self.cache = clips  # names and reads cached latents from here on, where there are any
+        self.cache.fingerprint = self.space.encoder.fingerprint
         self.folder = Path(args.output_dir or Path(args.checkpoint_path or "outputs/_").parent)
         self.out = Results(self.folder, args, proc, **subject)
 
@@ -1199,7 +1201,9 @@ class Evaluation:
         if method == "gradient":
             slope = torch.randn(start.shape, generator=random).to(start)
             costs["no signal"] = lambda actions: (actions * slope).sum((1, 2))
-            if not costs["model"](torch.stack((start, start + 1))).diff():
+            moved = start.clone()
+            moved[:, dims] += 1
+            if not costs["model"](torch.stack((start, moved))).diff():
                 costs["model"] = costs["no signal"]
         found = {x: PLANNERS[method](costs[x], start, dims, **options)[0] for x in kinds}
         return {kind: actions - true for kind, actions in found.items()}
@@ -1418,7 +1422,7 @@ class Evaluation:
             true = [self.act_in(self.simulator(i, n - 1), a[n - 1 : -1]) for a in beside]
             true, known = torch.stack(true), frames[..., n - 1 : n, :, :, :]
             z = self.space.encode(frames).expand(6, -1, -1, -1, -1)
-            new = self.space.decode(self.dream(z, beside, [i] * 6))[..., n:, :, :, :]
+            new = self.space.decode_new(self.dream(z, beside, [i] * 6), n)
             for kind, video in {"model": new, "opposite": new[opposite], "copy": known}.items():
                 error = (video - true).square().mean((-3, -2, -1)).sqrt()
                 samples["mean", "counterfactual_error", kind][i] = error.flatten(0, -2).mean(0)

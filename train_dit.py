@@ -167,8 +167,8 @@ def latent_scale(space: LatentSpace, dataset: EpisodeDataset, args: Args) -> tup
     path = Path(args.resume, "world_model.safetensors") if args.resume else path
     if path.suffix == ".safetensors" and path.is_file():
         with data.open_tensors(path, device=device) as (file, _):
-            if "latent.mean" in file.keys():
-                return file.get_tensor("latent.mean"), file.get_tensor("latent.std")
+            if known := {n: file.get_tensor(n) for n in world_model.SCALE if n in file.keys()}:
+                return world_model.scale_from(known, space.latent_dim)
     for x in spread_clips(dataset, 128).frames.split(1):
         x = x[0].to(device)
         z = (x if dataset.fingerprint else space.features(x[None])).flatten(0, -2).double()
@@ -341,6 +341,9 @@ def main() -> None:
             f"adapter_latent_dim {dim}: latents are {space.latent_dim}-d; leave it out"
         )
 
+    if pretrained := None if args.resume else args.pretrained_checkpoint:
+        flags = "temporal_mode", "view_rope", "objective", "standardize"
+        start = world_model.load_pretrained(pretrained, {k: getattr(args, k) for k in flags})
     if args.num_frames % (s := space.temporal_stride) or args.num_history % s:
         raise InputError(
             f"{args.encoder_type} packs {s} frames: num_frames and num_history need multiples of it"
@@ -365,10 +368,8 @@ def main() -> None:
     beside = space.group_actions(clips.actions[:1].to(proc.device))
     shape = choose_dit(args, space.latent_dim, z.shape[1], beside.shape[-1])
     dit = DiT(shape).to(proc.device)
-    if pretrained := None if args.resume else args.pretrained_checkpoint:
-        flags = "temporal_mode", "view_rope", "objective", "standardize"
-        found = world_model.load_pretrained(pretrained, {k: getattr(args, k) for k in flags})
-        data.load_strictly(dit, found.state_dict(), pretrained)
+    if pretrained:
+        data.load_strictly(dit, start.state_dict(), pretrained)
     frozen = freeze(dit, args.freeze)
     tokens = z.shape[2] * z.shape[3] // args.num_views // shape.patch_size**2
     if (shift := args.shift) is None:

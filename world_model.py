@@ -257,8 +257,8 @@ def candidate_cost(
 
 # -- The one file of a trained model, and the model.
 
-CLIP_FORMAT = {"image_size": int, "stride": int, "num_history": int, "action_merge": str}
-CLIP_FORMAT |= {"action_mapping": str, "fps": (int, float)}
+CLIP_FORMAT = {name: (int,) for name in ("image_size", "stride", "num_history")}
+CLIP_FORMAT |= {"action_merge": (str,), "action_mapping": (str,), "fps": (int, float)}
 SCALE = "latent.mean", "latent.std"  # tensors of a model that was trained with `standardize`
 
 
@@ -278,21 +278,30 @@ def save_world_model(
     data.save_tensors(path, tensors, metadata)
 
 
+def scale_from(tensors: dict, channels: int) -> tuple[Tensor | None, Tensor | None]:
+    """Take the mean and deviation (C,) of latents out of a file's tensors, if they are there."""
+    found = [tensors[name] for name in SCALE if name in tensors]
+    if found and [x.shape for x in found] != 2 * [(channels,)]:
+        raise ValueError(f"{' and '.join(SCALE)} do not fit {channels} channels")
+    return tuple(found or (None, None))
+
+
 def load_world_model(
     path: str | Path, encoder_weights: str | None = None, decoder_weights: str | None = None
 ) -> tuple[DiT, Objective, LatentSpace, dict]:
     """Read what `save_world_model` wrote: (dit, objective, space, clip_format)."""
     where = str(path)
-    tensors, metadata = data.load_weights(where)
+    tensors, metadata = data.load_tensors(where)
     stored = "objective data input_dim encoder_fingerprint encoder_config dit_config adapter_config"
     if not {*stored.split(), "pixel_decoder_config"} <= metadata.keys():
         raise InputError(f"{where}: is not a world model; give world_model.safetensors of a run")
-    given = {"weights": encoder_weights, "decoder_weights": decoder_weights}
+    paths = {"weights": encoder_weights, "decoder_weights": decoder_weights}
     with data.reading(where, "copy it again", *data.DAMAGED):
-        values = metadata["encoder_config"] | {name: path for name, path in given.items() if path}
+        values = metadata["encoder_config"] | {name: path for name, path in paths.items() if path}
         config, clip_format = data.config_from(EncoderConfig, values, where), metadata["data"]
         objective = objective_from(metadata["objective"], where)
-        if not all(isinstance(clip_format[name], kind) for name, kind in CLIP_FORMAT.items()):
+        given = [(clip_format[name], kinds) for name, kinds in CLIP_FORMAT.items()]
+        if not all(type(x) in kinds and (kinds == (str,) or x > 0) for x, kinds in given):
             raise ValueError(f"clips are {clip_format}")
     encoder = create_autoencoder(config)
     if encoder.fingerprint != (trained := metadata["encoder_fingerprint"]):
@@ -301,8 +310,7 @@ def load_world_model(
     with data.reading(where, "copy it again", RuntimeError, *data.DAMAGED):
         dit, parts = dit_from(tensors, metadata, where), adapter_from(tensors, metadata, where)
         space = LatentSpace(encoder, *parts, num_views=dit.config.num_views)
-        if tensors.keys() & {*SCALE}:
-            space.mean, space.std = (tensors[name].reshape(space.latent_dim) for name in SCALE)
+        space.mean, space.std = scale_from(tensors, space.latent_dim)
     return dit, objective, space, clip_format
 
 
@@ -312,16 +320,14 @@ def load_pretrained(path: str | Path, flags: dict[str, Any]) -> DiT:
     flags  temporal_mode, view_rope, objective (a name), standardize; released files tell none
     """
     tensors, metadata = data.load_weights(where := str(path))
-    own = "objective" in metadata
     with data.reading(where, "copy it again", *data.DAMAGED):
-        untold = {} if own else {"temporal_mode": flags["temporal_mode"]}
-        dit = dit_from(tensors, metadata, where, **untold)
-    if not own:
+        dit = dit_from(tensors, metadata, where)
+    if "objective" not in metadata:
         return dit
     names = ["temporal_mode", *["view_rope"] * (dit.config.num_views > 1)]
     trained = {name: getattr(dit.config, name) for name in names}
     trained["objective"] = objective_from(metadata["objective"], where).to_dict()["name"]
-    trained["standardize"] = SCALE[0] in tensors
+    trained["standardize"] = bool(tensors.keys() & {*SCALE})
     for name, value in trained.items():
         if value != flags[name]:
             raise InputError(f"{where}: was trained with {name} {value}; give --{name} {value}")

@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from conftest import read_episode
 from PIL import Image
+from test_world_model import Pairs
 from torch import nn
 
 import data
 import evaluate
+from adapter import PixelDecoder, PixelDecoderConfig
 from diffusion import FlowMatching
 from dit import DiT, DiTConfig
 from encoders import EncoderConfig, create_autoencoder
@@ -699,6 +701,17 @@ def test_inverse_dynamics_learns_from_every_window_of_one_bank_of_bounded_size(
         pairs = torch.stack([PerfectReader()(z.float()), y], 2)[..., :6]
         assert evaluate.correlation(pairs.numpy())[0].min() > 0.95  # JPEG noise, half precision
         assert held.sum() == 2 * (6 - k)  # two of twenty episodes
+
+
+def test_frame_pairs_are_decoded_as_in_the_whole_clip():
+    shape = {"latent_dim": 192, "base_channels": 32, "channel_multipliers": (1, 1, 1, 1)}
+    decoder = PixelDecoder(PixelDecoderConfig(**shape, temporal_upsample=True))
+    space, real = LatentSpace(Pairs(), None, decoder), torch.rand(2, 6, 16, 16, 3)
+    tested = SimpleNamespace(space=space, n=2, dream=lambda z, *_: z)
+    videos = evaluate.Evaluation.videos(tested, [0, 1], real, None, None)
+    for kind in ("model", "shuffled"):
+        assert torch.equal(videos[kind][:, :2], real[:, :2])
+        assert torch.allclose(videos[kind][:, 2:], videos["ceiling"][:, 2:], atol=1e-5)
 
 
 @pytest.mark.parametrize("views", [1, 2])

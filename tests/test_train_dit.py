@@ -24,9 +24,11 @@ import torch
 from PIL import Image
 from processes import finish, start, torchrun, wait_until
 from test_data import mutations
+from test_world_model import Pairs
 
 import data
 import train_dit
+from adapter import PixelDecoder, PixelDecoderConfig
 from data import (
     Clip,
     DataConfig,
@@ -517,7 +519,9 @@ def test_a_run_whose_end_could_not_be_saved_does_not_end_well(episodes, tmp_path
         raise RuntimeError("unexpected pos 960192 vs 960080")  # as torch.save says it
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(InputError, match="last.pt: step 2 could not be saved .is the disk full"):
+    with pytest.raises(
+        InputError, match="last.pt: could not be saved .is the disk full.*begin again"
+    ):
         train(episodes, tmp_path / "run", "--max_steps", 2)
     assert (tmp_path / "run" / "world_model.safetensors").exists()
 
@@ -548,6 +552,19 @@ def test_validation_gives_every_clip_another_clips_actions(monkeypatch):
     assert scores["psnr_model"] == scores["psnr_ceiling"] > 60 > scores["psnr_copy"]
     train_dit.validate(model, Clip(frames[:1], actions[:1]), args, alone)
     assert torch.equal(seen[3], actions[:1].flip(1))  # a lone clip's own, reversed
+
+
+def test_validation_decodes_frame_pairs_as_in_the_whole_clip(monkeypatch):
+    shape = {"latent_dim": 192, "base_channels": 32, "channel_multipliers": (1, 1, 1, 1)}
+    decoder = PixelDecoder(PixelDecoderConfig(**shape, temporal_upsample=True))
+    space, frames = LatentSpace(Pairs(), None, decoder), torch.rand(2, 6, 16, 16, 3)
+    monkeypatch.setattr(train_dit, "dream", lambda model, z, *_: z)
+    args, alone = train_dit.Args(num_history=2, num_frames=6), Processes(0, 1, torch.device("cpu"))
+    clips = Clip(frames, torch.randn(2, 6, 10))
+    scores = train_dit.validate((None, None, space), clips, args, alone)
+    whole = data.psnr(space.decode(space.encode(frames))[:, 2:], frames[:, 2:]).mean().item()
+    assert scores["psnr_model"] == pytest.approx(whole, abs=1e-4)
+    assert scores["psnr_ceiling"] == pytest.approx(whole, abs=1e-4)
 
 
 def test_actions_are_dropped_as_often_as_the_flag_says(episodes, tmp_path, monkeypatch):

@@ -360,7 +360,7 @@ def test_a_refused_reset_changes_nothing(model):
     assert torch.equal(model.step(torch.zeros(10), noise=torch.zeros(noise.shape)), frame)
 
 
-@pytest.mark.parametrize("wrong", [None, 3, [], "x", {"image_size": "16"}])
+@pytest.mark.parametrize("wrong", [None, 3, [], "x", {"image_size": "16"}, {"stride": -1}])
 @pytest.mark.parametrize("field", ["objective", "data", "encoder_config", "dit_config"])
 def test_damaged_metadata_is_refused_by_name(tmp_path, model, field, wrong):
     tensors, metadata = load_tensors(tmp_path / "world_model.safetensors")
@@ -368,7 +368,12 @@ def test_damaged_metadata_is_refused_by_name(tmp_path, model, field, wrong):
     save_tensors(path, tensors, metadata | {field: wrong})
     with pytest.raises(InputError, match="x.safetensors: "):
         WorldModel(path)
+    for name, part in (("latent_stats", "encoder_config"), ("steps", "objective")):
+        save_tensors(path, tensors, metadata | {part: metadata[part] | {name: 1.5}})
+        with pytest.raises(InputError, match=f"x.safetensors: {name} is 1.5, not "):
+            WorldModel(path)
     if field == "dit_config":
+        save_tensors(path, tensors, metadata | {field: wrong})
         with pytest.raises(InputError, match="x.safetensors: "):
             load_dit(path)
 
@@ -381,14 +386,6 @@ def test_half_a_latent_scale_is_refused(tmp_path, model, scale):
     save_tensors(tmp_path / "x.safetensors", tensors, metadata)
     with pytest.raises(InputError, match="x.safetensors: "):
         WorldModel(tmp_path / "x.safetensors")
-
-
-def test_released_weights_to_start_from_take_the_attention_of_the_flags(tmp_path):
-    dit = DiT(DiTConfig(192, 1, 64, 2, 1, wide_head=False))
-    torch.save({"ema": dit.state_dict()}, tmp_path / "released.pt")
-    found = world_model.load_pretrained(tmp_path / "released.pt", {"temporal_mode": "joint"})
-    assert found.config.temporal_mode == "joint"
-    assert torch.equal(found.x_proj.weight, dit.x_proj.weight)
 
 
 def test_a_file_of_another_encoder_or_kind_is_refused(tmp_path, model):
