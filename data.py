@@ -65,6 +65,7 @@ from tqdm import tqdm
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_PLACE = "EACCES EPERM EROFS ENOTDIR EISDIR EEXIST EFBIG".split()
+PLAIN_TYPES = {"str", "bool", "int", "float", "None"}  # of a config's fields, checked when read
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # damaged text
 
 
@@ -245,16 +246,14 @@ def load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor], where
 
 def config_from(cls: type, values: dict, where: str) -> Any:
     """Build a config dataclass from stored values; unknown or ill-typed fields are refused."""
-    types, simple = (
-        getattr(cls, "__dataclass_fields__", {}),
-        {"str", "bool", "int", "float", "None"},
-    )
+    fields = getattr(cls, "__dataclass_fields__", {})
     try:
-        for name, value in values.items():
-            kinds = {*types[name].type.split(" | ")} if name in types else {""}
-            kind = "None" if value is None else type(value).__name__
-            if kinds <= simple and kind not in kinds and not (kind == "int" and "float" in kinds):
-                raise TypeError(f"{name} is {value!r}, not {types[name].type}")
+        for name in values.keys() & fields.keys():
+            kinds, value = {*fields[name].type.split(" | ")}, values[name]
+            fits = {"None" if value is None else type(value).__name__}
+            fits |= {"float"} if type(value) is int else set()
+            if kinds <= PLAIN_TYPES and not kinds & fits:
+                raise TypeError(f"{name} is {value!r}, not {fields[name].type}")
         return cls(**values)
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{where}: {error}; take the version or the options it fits") from error
@@ -1927,7 +1926,8 @@ class Run:
             raise InputError(f"{folder}: holds a run; --resume {folder} or take another folder")
         if proc.rank == 0:
             self.prepare()
-        self.signals, self.unsaved = [], {}  # numbers; what could not be written, and why
+        self.signals: list[int] = []
+        self.unsaved: dict[str, str] = {}  # files that could not be written, and why
         self.handlers = {
             number: signal.signal(number, lambda number, _: self.signals.append(number))
             for number in (signal.SIGINT, signal.SIGTERM)
