@@ -697,7 +697,7 @@ def load(cls: type, name: str) -> Network:
     for shard in shards:
         state |= read_tensors(beside(path, name, shard), cls.keep)
     here, hub = cls.needs_config
-    hub = hub and not name.startswith("nyu-visionx/")  # RAE's decoders: 16 heads, without one
+    hub = hub and not name.startswith("nyu-visionx/")  # all of 16 heads; RAE's lacks one
     if here if Path(name).expanduser().exists() else hub:
         config = beside(path, name, "config.json")
     return cls(path, state, read_json(config, "vision_config") if config.is_file() else {})

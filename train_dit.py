@@ -340,7 +340,6 @@ def main() -> None:
         raise InputError(
             f"adapter_latent_dim {dim}: latents are {space.latent_dim}-d; leave it out"
         )
-
     if pretrained := None if args.resume else args.pretrained_checkpoint:
         flags = "temporal_mode", "view_rope", "objective", "standardize"
         start = world_model.load_pretrained(pretrained, {k: getattr(args, k) for k in flags})
@@ -370,6 +369,7 @@ def main() -> None:
     dit = DiT(shape).to(proc.device)
     if pretrained:
         data.load_strictly(dit, start.state_dict(), pretrained)
+        del start  # or its copy of the weights would stay for the whole run
     frozen = freeze(dit, args.freeze)
     tokens = z.shape[2] * z.shape[3] // args.num_views // shape.patch_size**2
     if (shift := args.shift) is None:
