@@ -166,9 +166,9 @@ class Objective:
 
         action (B, A) beside the new frame, eps (B, 1, h, w, C)  ->  (B, 1, h, w, C)
         """
-        action = both(action, guidance, null_action)
-        tau = torch.tensor(self.levels()[: self.steps], device=eps.device).expand(len(action), -1)
-        modulations = model.modulations(tau, action[:, None].expand(-1, self.steps, -1))
+        beside = both(action, guidance, null_action)[:, None].expand(-1, self.steps, -1)
+        tau = [eps.new_full((len(beside), 1), tau) for tau in self.levels()[: self.steps]]
+        modulations = model.modulations(torch.cat(tau, 1), beside)
 
         def velocity(z: Tensor, i: int) -> Tensor:
             at_i = [m[:, i : i + 1] for m in modulations]

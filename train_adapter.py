@@ -184,8 +184,8 @@ def ms_ssim(a: Tensor, b: Tensor, scales: int | None = None) -> Tensor:
     if (side := min(a.shape[-3:-1])) < 11:
         raise InputError(f"MS-SSIM: {side} pixels, its window has 11; raise crop or image_size")
     scales = scales or min(5, (side // 11).bit_length())
-    exponents = a.new_tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333][:scales])
-    exponents = exponents if scales == 5 else exponents / exponents.sum()
+    exponents = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333][:scales]  # of floats: no copy to a GPU
+    exponents = exponents if scales == 5 else [x / sum(exponents) for x in exponents]
     window = torch.exp(-(torch.arange(11, device=a.device) - 5.0).square() / (2 * 1.5**2))
     window = (window / window.sum()).expand(15, 1, 1, 11)
     lead, out = a.shape[:-3], 1.0
@@ -399,7 +399,8 @@ def main() -> None:
 
     # 3. Data: frames, cached features, or both.
     config = choose_clips(args, proc, num_history=0)
-    train_set, test_set = EpisodeDataset(config, "train"), EpisodeDataset(config, "test")
+    train_set = EpisodeDataset(config, "train", as_bytes=True)
+    test_set = EpisodeDataset(config, "test")
     served = {"frames": train_set} if args.use_pixel_decoder or not args.cache_latents else {}
     if args.cache_latents:
         name = encoder.fingerprint
@@ -409,8 +410,8 @@ def main() -> None:
     def look(batch: dict[str, Clip]) -> tuple[Tensor, Tensor | None]:
         """Return features and frames, views folded: (B V, T, h, w, D), (B V, T, H, W, 3)."""
         x = {n: c.frames.to(device, non_blocking=True).flatten(0, -5) for n, c in batch.items()}
-        frames = x.get("frames")
-        return x["z"] if "z" in x else encoder.encode(frames), frames
+        z = x["z"] if "z" in x else encoder.encode(x["frames"])
+        return z, data.to_floats(x["frames"]) if "frames" in x else None
 
     def some(dataset: EpisodeDataset) -> Iterable[tuple[Tensor, Tensor]]:
         """Go through this process's share of `val_clips` clips, one at a time."""

@@ -355,7 +355,7 @@ def main() -> None:
         data.fill_cache(config, proc, cached, space.features, space.temporal_stride)
         if args.cache_only:
             return proc.leave()
-    train_set = EpisodeDataset(config, "train", cached)
+    train_set = EpisodeDataset(config, "train", cached, as_bytes=True)
     shown = replace(config, variable_history=False)
     clips = spread_clips(EpisodeDataset(shown, "test"), args.val_clips)
     train_clips = spread_clips(EpisodeDataset(shown, "train"), 4)

@@ -399,6 +399,7 @@ class WorldModel:
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode latents ([B,] T', h, V w, C) to frames ([B,] [V,] T, H, W, 3) in [0, 1]."""
+        z = torch.as_tensor(z).to(self.device)
         return self.space.decode(z) if z.ndim == 5 else self.space.decode(z[None])[0]
 
     def map_actions(self, raw: Array) -> Tensor:
