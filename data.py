@@ -326,6 +326,8 @@ def init_processes(device: str | None = None, timeout_minutes: float = 60) -> Pr
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in names)
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     where = open_device(f"cuda:{local_rank}" if name == "cuda" else name)
+    if where.type == "mps":
+        raise InputError("device mps: it lacks float64, which statistics need; give --device cpu")
     if where.type == "cpu" and sys.platform == "linux":  # keep freed memory: page faults are slow
         libc = ctypes.CDLL(None)
         for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD

@@ -16,6 +16,7 @@ import torch
 from torch.utils import _pytree, backend_registration
 
 WAITS: Counter = Counter()
+UNKNOWN: set = set()  # kinds of numbers that it lacks, as Apple's GPUs lack float64
 ROOT = str(Path(__file__).parents[1])
 MAY_MIX = {"aten::copy_", "aten::index", "aten::index_put_"}
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
@@ -85,6 +86,8 @@ def compute(op, *args, **kwargs):
         return leaves[0]
     if to == {"cpu"} or not (inside or to):
         return out
+    if UNKNOWN & {x.dtype for x in _pytree.tree_leaves(out) if isinstance(x, torch.Tensor)}:
+        raise TypeError(f"{name}: the second device does not know numbers of {UNKNOWN}")
 
     def wrap(x):  # what is changed in place stays the tensor that it is
         return inside.get(id(x), Second(x)) if isinstance(x, torch.Tensor) else x

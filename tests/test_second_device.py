@@ -11,6 +11,7 @@ import torch
 from processes import finish, start
 from second_device import needed
 
+import data
 from data import ToyConfig, generate_toy
 
 SHAPE = "--device second --subset_names toy --image_size 32 --num_frames 4 --batch_size 2 --seed 3 "
@@ -70,8 +71,9 @@ def dream_on_it(module) -> None:
     """Have world_model.py's `main` do on the device what a user does with a model."""
 
     def main() -> None:
-        from second_device import WAITS
+        from second_device import UNKNOWN, WAITS
 
+        UNKNOWN.add(torch.float64)
         path, folder = sys.argv[1:]
         model = module.WorldModel(path, device="second")
         cut = {"image_size": 32, "num_frames": 4, "num_history": 1, "stride": 1}
@@ -96,6 +98,12 @@ def dream_on_it(module) -> None:
 
     module.main = main
     watched(module)
+
+
+def test_training_on_a_device_without_float64_is_refused(monkeypatch):
+    monkeypatch.setattr(data, "open_device", torch.device)
+    with pytest.raises(data.InputError, match="device mps: it lacks float64"):
+        data.init_processes("mps")
 
 
 def test_a_model_dreams_and_is_measured_on_the_device_as_on_the_cpu(episodes, tmp_path):
