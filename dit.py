@@ -243,7 +243,7 @@ class ContextCache:
 
     def expand(self, n: int, room: int | None = None) -> ContextCache:
         """Copy every sample n times, for n candidates each; room: only that many frames more."""
-        end = room and self.frames + room
+        end = None if room is None else self.frames + room
         kv = {i: x[:, :, :end].repeat_interleave(n, 1) for i, x in self.kv.items()}
         return replace(self, kv=kv)
 
@@ -378,8 +378,8 @@ class DiT(nn.Module):
         modulations = self.modulations(tau, actions) if T else []
         alone = z.device.type == "cpu" or cache.frames  # one at a time fits a CPU's caches
         step, room = 1 if alone else window, window - 1
-        for part in (slice(t, min(t + step, T)) for t in range(0, T, step)):
-            new = part.stop - part.start
+        for t in range(0, T, step):
+            part, new = slice(t, t + step), min(step, T - t)
             seen = min(cache.frames + new, room)
             attend = self._attend(cache, cache.position % room, seen)
             self._run(z[:, part], [m[:, part] for m in modulations], cache.position, attend)
@@ -468,12 +468,13 @@ if __name__ == "__main__":
     print("parameters (M) and GFLOP a frame: forward, 16 x 16 patches, T = 10, 2 per multiply-add")
     columns = (16, 2, False), (96, 1, False), (96, 1, True), (1024, 1, True), (1152, 1, True)
     for (C, p, wide), (size, shape) in itertools.product(columns, DIT_SIZES.items()):
-        counts = []
+        costs = []
         for depth in (1, 2):  # every further layer adds the same
             with torch.device("meta"), FlopCounterMode(display=False) as flops:
                 dit = DiT(DiTConfig(C, p, wide_head=wide, **shape | {"depth": depth})).eval()
                 dit(*(torch.empty(1, 10, *s) for s in ((16 * p, 16 * p, C), (), (10,))))
-            counts += sum(x.numel() for x in dit.parameters()) / 1e6, flops.get_total_flops() / 1e10
-        M, G = (a + (shape["depth"] - 1) * (b - a) for a, b in (counts[::2], counts[1::2]))
+            parameters = sum(x.numel() for x in dit.parameters())
+            costs.append((parameters / 1e6, flops.get_total_flops() / 1e10))
+        M, G = (a + (shape["depth"] - 1) * (b - a) for a, b in zip(*costs, strict=True))
         print(f"DiT-{size:2} C={C:4} p={p} {'wide' if wide else '    '} {M:9.3f} {G:7.1f}")
     print("the paper's DiT-L: 316.5 (C=96), 318.7 (C=1024 wide), 318.8 (C=1152 wide)")
