@@ -240,9 +240,8 @@ class Network(nn.Module):
             value = next((v for k, v in self._buffers.items() if re.fullmatch(pattern, k)), None)
         if value is None:
             raise self.fault(f"missing tensors: {name}")
-        fits = len(shape) == value.ndim and all(
-            a < 0 or a == b for a, b in zip(shape, value.shape, strict=True)
-        )
+        sizes = zip(shape, value.shape, strict=False)
+        fits = len(shape) == value.ndim and all(a in (-1, b) for a, b in sizes)
         if shape and not fits:
             raise self.fault(f"tensor {name} is {tuple(value.shape)}, expected {shape}")
         return value
@@ -293,17 +292,16 @@ class Network(nn.Module):
             run(torch.empty(shape, device="meta"))
         except (RuntimeError, ValueError, IndexError) as error:
             broken = error
-        self._buffers, spare = buffers, tuple(self.prefix + name for name in self.unused)
+        self._buffers = buffers
         missing = [name for name in self.asked if name not in buffers]
         if broken and not missing:
             layer = [*self.asked][-1].rpartition(".")[0]
             misfit = self.fault(f"its tensors do not fit together at {layer} ({broken})")
             raise broken if isinstance(broken, InputError) else misfit
+        spare = tuple(self.prefix + name for name in self.unused)
         left = [name for name in buffers if name not in self.asked and not name.startswith(spare)]
         kinds = {"missing": missing, "unexpected": [] if broken else left}
-        faults = [
-            f"{kind} tensors: {', '.join(names[:4])}" for kind, names in kinds.items() if names
-        ]
+        faults = [f"{kind} tensors: {', '.join(x[:4])}" for kind, x in kinds.items() if x]
         if faults:
             raise self.fault(" and ".join(faults))
 
@@ -654,7 +652,8 @@ class Cosmos(Network):
     def build(self) -> None:
         self.archives, self.jits = (self.where, self.config["decoder"]), {}
         with data.reading(self.where, "fetch it again", RuntimeError, *data.DAMAGED):
-            _, h, _, self.dim = (z := self.encode(torch.zeros(1, 3, 64, 64))).shape
+            z = self.encode(torch.zeros(1, 3, 64, 64))
+            _, h, _, self.dim = z.shape
         with data.reading(self.archives[1], "fetch it again", RuntimeError, *data.DAMAGED):
             if self.decode(z).ndim != 4:
                 raise ValueError("does not give images")
@@ -698,7 +697,8 @@ def load(cls: type, name: str) -> Network:
         state |= read_tensors(beside(path, name, shard), cls.keep)
     here, hub = cls.needs_config
     hub = hub and not name.startswith("nyu-visionx/")  # all of 16 heads; RAE's lacks one
-    if here if Path(name).expanduser().exists() else hub:
+    needed = here if Path(name).expanduser().exists() else hub
+    if needed:
         config = beside(path, name, "config.json")
     return cls(path, state, read_json(config, "vision_config") if config.is_file() else {})
 
