@@ -185,7 +185,7 @@ class MLPAdapter(Adapter):
         D, C = input_dim, self.latent_dim
         hidden = config.adapter_hidden_dim or (D + C) // 2
         for name, first, last in (("encoder_mlp", D, C), ("decoder_mlp", C, D)):
-            a, b, c = (nn.Linear(*ends) for ends in pairwise((first, hidden, hidden, last)))
+            a, b, c = nn.Linear(first, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, last)
             self.add_module(name, nn.Sequential(a, nn.GELU(), b, nn.GELU(), c))
 
     def posterior(self, z: Tensor) -> tuple[Tensor, None]:
@@ -265,8 +265,9 @@ class SVAEAdapter(Adapter):
         sink = 4 * variances.sum().sqrt()
         unit = sink * math.sqrt(2 / len(mean))  # the standard deviation that the norms divide by
         for blocks in (self.enc_blocks, self.dec_blocks):
-            for dense in (d for b in blocks for d in (b.attention["output"], b.output)):
-                dense["dense"].weight.zero_(), dense["dense"].bias.zero_()
+            for block in blocks:
+                for layer in (block.attention["output"]["dense"], block.output["dense"]):
+                    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
             blocks[-1].output["dense"].bias[-2:] = torch.stack((sink, -sink))
         scale = variances[: self.latent_dim].clamp_min(1e-6 * variances[0]) ** 0.25
         for layer in (self.enc_proj, self.dec_proj):
