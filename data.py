@@ -859,7 +859,8 @@ def locate(frames: np.ndarray, colour: str) -> np.ndarray:
     weight = np.clip(1 - weight / 0.15, 0, None)
     (H, W), total = weight.shape[-2:], weight.sum((-2, -1), keepdims=True)
     weight /= np.where(total > 8e-4 * H * W, total, np.nan)
-    return np.stack([weight.sum(i) @ (np.arange(n) + 0.5) for i, n in ((-2, W), (-1, H))], -1)
+    columns, rows = weight.sum(-2), weight.sum(-1)
+    return np.stack([columns @ (np.arange(W) + 0.5), rows @ (np.arange(H) + 0.5)], -1)
 
 
 def _axes(yaw: float) -> np.ndarray:
@@ -1340,7 +1341,8 @@ def list_own(root: Path, records: list[dict]) -> list[Shard]:
     for record in records:
         for entry in itertools.chain(*record["episodes"].values()):
             numbers[record["shard"]] = entry["number"]
-    free = itertools.filterfalse({*numbers.values()}.__contains__, itertools.count())
+    taken = {*numbers.values()}
+    free = (number for number in itertools.count() if number not in taken)
     numbers |= {name: next(free) for name in names if name not in numbers}
     return [Shard(n, TARGETS.get(n.split("/")[0], ""), numbers[n], 1) for n in names]
 
@@ -1395,7 +1397,7 @@ def convert_shard(
         for i, (episode, _) in enumerate(itertools.zip_longest(episodes, range(shard.count))):
             try:
                 if not isinstance(episode, tuple):
-                    raise episode or wrong
+                    raise episode or wrong  # an error, or None in the place of one that lacks
                 frames, raw, about = episode
                 name = about.pop("file", "") or f"{shard.name}/{i}"
                 hashed = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
@@ -1805,13 +1807,12 @@ def read_args(cls: type, toy: Any, fixed: Sequence[str]) -> tuple[Any, list[str]
         old = config_from(cls, json.loads(path.read_text()), str(path))
     new, changes = parse_args(cls, toy, default=old), []
     for name, before in vars(old).items():
-        if (now := getattr(new, name)) != before and name not in ("resume", "output_dir"):
+        now = getattr(new, name)
+        if now != before and name not in ("resume", "output_dir"):
             changes.append(f"changed since the run was started: {name} {before} -> {now}")
             if name in fixed:
-                raise InputError(
-                    f"--{name} {now}: the run was started with {before}, which resuming cannot "
-                    "change; leave the flag out or start a new run"
-                )
+                fault = f"the run was started with {before}, which resuming cannot change"
+                raise InputError(f"--{name} {now}: {fault}; leave the flag out or start a new run")
     return new, changes
 
 
@@ -1983,20 +1984,22 @@ class Run:
         else:
             raise MissingFileError(f"{self.folder}: no whole last.pt or previous.pt to resume")
         for name, now in self.fixed.items():
-            if (before := self.state["fixed"].get(name)) != now:
-                raise InputError(
-                    f"{self.folder}: was trained with {before} {name}, now {now}; go on as it began"
-                )
+            before = self.state["fixed"].get(name)
+            if before != now:
+                fault = f"was trained with {before} {name}, now {now}"
+                raise InputError(f"{self.folder}: {fault}; go on as it began")
         for name, part in self.parts.items():
             try:
                 part.load_state_dict(self.state.pop(name))
             except (LookupError, RuntimeError, ValueError) as error:
                 raise InputError(f"{path}: {name} is of another model; {error}") from error
-        if (before := self.state["episodes"]) != (now := len(self.dataset)):
+        before, now = self.state["episodes"], len(self.dataset)
+        if before != now:
             self.say(f"changed since the run was started: episodes {before} -> {now}, a new order")
-        names = "step", "skipped", "in_a_row"
-        self.step, self.skipped[...], self.in_a_row[...] = (self.state[name] for name in names)
-        if len({*(steps := self.proc.gather(self.step))}) > 1:
+        self.step = self.state["step"]
+        self.skipped[...], self.in_a_row[...] = self.state["skipped"], self.state["in_a_row"]
+        steps = self.proc.gather(self.step)
+        if len({*steps}) > 1:
             raise InputError(f"{self.folder}: processes read steps {steps}; make it whole for all")
         self.say(f"resumed {self.folder} at step {self.step}")
 
@@ -2160,8 +2163,8 @@ class Run:
         points = [(int(s), math.log10(float(v))) for s, v in rows if v and 0 < float(v) < math.inf]
         if len(points) < 2:
             return
-        (end, last), (low, *_, high) = points[-1], sorted(log for _, log in points)
-        span = max(high - low, 0.01)
+        (end, last), logs = points[-1], [log for _, log in points]
+        low, span = min(logs), max(max(logs) - min(logs), 0.01)
         image = Image.new("RGB", (800, 480), "white")
         pen = ImageDraw.Draw(image)
         for share in (0, 0.25, 0.5, 0.75, 1):
