@@ -416,7 +416,8 @@ def main() -> None:
     def some(dataset: EpisodeDataset) -> Iterable[tuple[Tensor, Tensor]]:
         """Go through this process's share of `val_clips` clips, one at a time."""
         for n in range(max(args.val_clips, proc.world))[proc.rank :: proc.world]:
-            yield look({"frames": default_collate([dataset[divmod(n, len(dataset))]])})
+            key = divmod(n, len(dataset))  # draw, clip: past the last, all come at other starts
+            yield look({"frames": default_collate([dataset[key]])})
 
     # 4. The trained model.
     adapter, pixel_decoder = create_adapter(args.adapter, encoder.latent_dim), None
