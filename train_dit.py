@@ -194,13 +194,13 @@ def validate(model: Model, clips: Clip, args: Args, proc: Processes) -> dict[str
     names = ("model", "shuffled", "copy", "ceiling")[: 3 + space.has_decoder]
     sums = torch.zeros(1 + len(names), dtype=torch.float64)
     for i in torch.arange(proc.rank, len(swapped), proc.world).split(8):
-        real, *acts = (x[i].to(proc.device) for x in (*clips, swapped))
+        real, own, other = (x[i].to(proc.device) for x in (*clips, swapped))
         z = space.encode(real)
-        dreams = [dream(model, z, a, now, args.seed + i) for a in acts]
+        dreams = [dream(model, z, actions, now, args.seed + i) for actions in (own, other)]
         if space.has_decoder:
-            *shown, ceiling = (space.decode_new(x, now) for x in (*dreams, z))
-            shown += [real[..., n - 1 : n, :, :, :], ceiling]
-            values = [psnr(x, real[..., n:, :, :, :]) for x in shown]
+            dreamed, shuffled, ceiling = (space.decode_new(x, now) for x in (*dreams, z))
+            videos = dreamed, shuffled, real[..., n - 1 : n, :, :, :], ceiling
+            values = [psnr(x, real[..., n:, :, :, :]) for x in videos]
         else:
             values = [(x - z)[:, now:].square() for x in (*dreams, z[:, now - 1 : now])]
         sums += torch.tensor([len(i), *(v.flatten(1).mean(1).sum().item() for v in values)])
@@ -283,7 +283,8 @@ def dry_run(args: Args, world: int) -> None:
     scale = args.image_size / 256 if ROWS[kind][3] == "no" else 1  # the others resize frames
     h, w = (int(n * scale) for n in grid)
     if kind == "pixels":
-        h, w, C = *[args.image_size // args.pixel_patch] * 2, 3 * args.pixel_patch**2
+        h = w = args.image_size // args.pixel_patch
+        C = 3 * args.pixel_patch**2
     C = args.adapter_latent_dim or (C if args.adapter_type == "identity" else 96)
     count, forward, kept = count_costs(choose_dit(args, C, T), h, w)
     encoder = 0 if args.cache_latents else 1e9 * ENCODER_GFLOP.get(kind, 0) * V * scale**2
@@ -336,17 +337,16 @@ def main() -> None:
         raise InputError(
             f"{args.adapter_checkpoint_path}: holds {kind}; give --adapter_type {kind}"
         )
-    if (dim := args.adapter_latent_dim) not in (None, space.latent_dim):
-        raise InputError(
-            f"adapter_latent_dim {dim}: latents are {space.latent_dim}-d; leave it out"
-        )
+    given, found = args.adapter_latent_dim, space.latent_dim
+    if given not in (None, found):
+        raise InputError(f"adapter_latent_dim {given}: latents are {found}-d; leave it out")
     if pretrained := None if args.resume else args.pretrained_checkpoint:
         flags = "temporal_mode", "view_rope", "objective", "standardize"
         start = world_model.load_pretrained(pretrained, {k: getattr(args, k) for k in flags})
-    if args.num_frames % (s := space.temporal_stride) or args.num_history % s:
-        raise InputError(
-            f"{args.encoder_type} packs {s} frames: num_frames and num_history need multiples of it"
-        )
+    s = space.temporal_stride
+    if args.num_frames % s or args.num_history % s:
+        remedy = "num_frames and num_history need multiples of it"
+        raise InputError(f"{args.encoder_type} packs {s} frames: {remedy}")
 
     # 3. Data: latents from the cache, or frames that the loop encodes.
     config = choose_clips(args, proc)
