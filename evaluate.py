@@ -360,6 +360,7 @@ def load_inception(metric: str, folder: str | Path, device: Device) -> Callable[
     options = {"num_classes": 1008 if fid else 1000, "aux_logits": not fid, "init_weights": False}
     net = load_network(metric, "inception_v3", folder, device, **options)
     net.fc, average = nn.Identity(), functools.partial(F.avg_pool2d, count_include_pad=False)
+    # What torchvision pools for `branch_pool` is replaced by the block's input, pooled as here.
     for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c") if fid else ():
         block, pool = net.get_submodule(f"Mixed_{name}"), F.max_pool2d if name == "7c" else average
         pool, pooled = functools.partial(pool, kernel_size=3, stride=1, padding=1), []
@@ -912,17 +913,17 @@ def open_model(args: Args, device: Device) -> WorldModel:
         if args.checkpoint_path is None:
             raise InputError("give --checkpoint_path, --model_preset or --compare")
         model = WorldModel(args.checkpoint_path, device, encoder_weights=args.encoder_weights)
-        if args.objective not in (None, trained := model.objective.to_dict()["name"]):
-            raise InputError(
-                f"{args.checkpoint_path}: --objective is its own, {trained}; leave it out"
-            )
+        where, trained = args.checkpoint_path, model.objective.to_dict()["name"]
+        if args.objective not in (None, trained):
+            raise InputError(f"{where}: --objective is its own, {trained}; leave it out")
         return model
     size, _, name = args.model_preset.removeprefix("DiT-").partition("_")
     if size not in ("S", "B", "L") or name not in PRESETS:
         known = ", ".join(f"DiT-{{S,B,L}}_{name}" for name in PRESETS)
         raise InputError(f"--model_preset {args.model_preset}: no such model; known are {known}")
-    (kind, folder), narrow = PRESETS[name], name.endswith("_D96")
-    files = [f"DiT-{size}{'_D96' * narrow}.pt", f"adapter_{folder}_image_96.pt"][: 1 + narrow]
+    kind, folder = PRESETS[name]
+    pair = [f"DiT-{size}_D96.pt", f"adapter_{folder}_image_96.pt"]
+    files = pair if name.endswith("_D96") else [f"DiT-{size}.pt"]
     paths = [Path(args.weights_dir) / "semantic-wm" / folder / file for file in files]
     paths[0] = Path(args.checkpoint_path or paths[0])
     for path, file in zip(paths, files, strict=True):
@@ -1430,9 +1431,8 @@ class Evaluation:
             moved, truth, start = (data.locate(x, "cyan") for x in last)
             side = truth - truth[opposite]
             side /= np.linalg.norm(side, axis=-1, keepdims=True)
-            moved, truth = (  # by each pair, the shorter of its two ways
-                ((x - start) * side).sum(-1).reshape(3, 2).min(1) for x in (moved, truth)
-            )
+            ways = [((x - start) * side).sum(-1).reshape(3, 2) for x in (moved, truth)]
+            moved, truth = (x.min(1) for x in ways)  # of each pair, the shorter of its two ways
             hits = np.where(truth > 0.02 * self.config.image_size, moved > 0, np.nan)
             samples["share", "counterfactual_sides", "model"][i] = torch.from_numpy(hits)
         yield self.out.rows()
@@ -1458,7 +1458,8 @@ class Evaluation:
                     off[kind] = torch.from_numpy(np.linalg.norm(found - places, axis=-1))
                 seen = off["real"].isfinite()
                 for kind, x in off.items():
-                    x, found = (y.where(seen, math.nan) for y in (x, x.isfinite().double()))
+                    found = x.isfinite().double().where(seen, math.nan)
+                    x = x.where(seen, math.nan)
                     samples["mean", "objects_gripper", kind][i, view] = x[0]
                     samples["mean", "objects_blocks", kind][i, view] = x[1:].nanmean(0)
                     samples["mean", "objects_found", kind][i, view] = found.nanmean(0)
@@ -1502,8 +1503,9 @@ class Evaluation:
     def run(self) -> None:
         """Measure group by group; what an earlier run finished is not measured again."""
         found, wanted, nets, groups = self.out.all["metrics"], self.args.metrics.split(","), {}, []
-        for item in found.items() if self.out.proc.rank == 0 else ():
-            print(in_table(*item))
+        if self.out.proc.rank == 0:
+            for item in found.items():
+                print(in_table(*item))
         done = self.out.all["finished"]
         done = {*done, *(x.partition(" by ")[0] for x in done)}  # a flag left out changes nothing
         for name in [x for x in METRICS if x in wanted and self.out.label(x) not in done]:
@@ -1513,7 +1515,8 @@ class Evaluation:
                 elif self.space.temporal_stride > 1:
                     raise Unavailable(f"{name}: this encoder packs two frames into one latent")
                 else:
-                    next(work := getattr(self, name)())
+                    work = getattr(self, name)()
+                    next(work)  # opens what it needs
                     groups.append(([name], work))
         if nets:
             groups.insert(0, ([*nets], self.pixels(nets)))
@@ -1547,8 +1550,8 @@ def tabulate(axis: str, names: list[str], runs: dict[str, dict]) -> list[list[st
     values = np.array([[rows[name]["value"] for name in names] for rows in runs.values()])
     values = np.column_stack([values, borda(values, higher)])
     best = np.where([*higher, False], values.max(0), values.min(0))
-    ways = ["up" if up else "down" for up in higher]
-    table = [[axis, *map(" ".join, zip(names, ways, strict=True)), "Borda"]]
+    pairs = zip(names, higher, strict=True)
+    table = [[axis, *(f"{name} {'up' if up else 'down'}" for name, up in pairs), "Borda"]]
     for run, row in zip(runs, values, strict=True):
         bold = np.where(row == best, "**", "")
         table.append([run, *(f"{b}{show(x)}{b}" for b, x in zip(bold, row, strict=True))])
