@@ -138,7 +138,7 @@ class TransformerBlock(nn.Module):
         return x + self.output["dense"](y)
 
 
-def stack(count: int, width: int, heads: int, hidden: int) -> nn.Sequential:
+def make_blocks(count: int, width: int, heads: int, hidden: int) -> nn.Sequential:
     """Stack transformer blocks."""
     return nn.Sequential(*(TransformerBlock(width, heads, hidden) for _ in range(count)))
 
@@ -219,11 +219,11 @@ class SVAEAdapter(Adapter):
             mid_heads = config.adapter_mid_heads or most_heads(mid, 16)
             mid = max(mid // mid_heads, 1) * mid_heads
             self.enc_norm_high, self.enc_down = nn.LayerNorm(D), nn.Linear(D, mid)
-            self.enc_blocks_mid = stack(1, mid, mid_heads, 4 * mid)
-            self.dec_blocks_mid = stack(1, mid, mid_heads, 4 * mid)
+            self.enc_blocks_mid = make_blocks(1, mid, mid_heads, 4 * mid)
+            self.dec_blocks_mid = make_blocks(1, mid, mid_heads, 4 * mid)
             self.dec_norm_mid, self.dec_up = nn.LayerNorm(mid), nn.Linear(mid, D)
-        self.enc_blocks = stack(layers, D, heads, config.adapter_intermediate_size)
-        self.dec_blocks = stack(layers, D, heads, config.adapter_intermediate_size)
+        self.enc_blocks = make_blocks(layers, D, heads, config.adapter_intermediate_size)
+        self.dec_blocks = make_blocks(layers, D, heads, config.adapter_intermediate_size)
         self.enc_norm, self.enc_proj = nn.LayerNorm(mid), nn.Linear(mid, 2 * C)
         self.dec_proj, self.dec_norm = nn.Linear(C, mid), nn.LayerNorm(D)
         if config.adapter_pca:
@@ -233,8 +233,8 @@ class SVAEAdapter(Adapter):
             self.add_module(name, nn.Identity())
         if config.adapter_latent_layers:
             narrow = (config.adapter_latent_layers, C, narrow_heads, 4 * C)
-            self.latent_enc_blocks, self.latent_enc_norm = stack(*narrow), nn.LayerNorm(C)
-            self.latent_dec_blocks, self.latent_dec_norm = stack(*narrow), nn.LayerNorm(C)
+            self.latent_enc_blocks, self.latent_enc_norm = make_blocks(*narrow), nn.LayerNorm(C)
+            self.latent_dec_blocks, self.latent_dec_norm = make_blocks(*narrow), nn.LayerNorm(C)
 
     def posterior(self, z: Tensor) -> tuple[Tensor, Tensor]:
         z = super().posterior(z)[0]
@@ -252,7 +252,7 @@ class SVAEAdapter(Adapter):
         return z @ self.axes.T + self.center if self.config.adapter_pca else z
 
     @torch.no_grad()
-    def begin_as_pca(self, mean: Tensor, axes: Tensor, variances: Tensor) -> None:
+    def init_from_pca(self, mean: Tensor, axes: Tensor, variances: Tensor) -> None:
         """Make encode and decode the projection on the first principal axes, nearly.
 
         u_i = y_i / variance_i^(1/4),  y = (z - mean) @ axes;  blocks begin as the identity. A norm
@@ -434,7 +434,7 @@ def load_adapter(
     Raises InputError when the file is damaged or belongs to another encoder.
     """
     remedy = "choose a file of train_adapter.py or a released adapter, or copy it again"
-    with data.reading(path, remedy, RuntimeError, *data.DAMAGED):
+    with data.reading(path, remedy, RuntimeError, *data.PARSE_ERRORS):
         read = data.load_tensors if Path(path).suffix == ".safetensors" else read_released
         adapter, pixel_decoder = adapter_from(*read(path), str(path))
         if adapter is None:

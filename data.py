@@ -66,7 +66,7 @@ from tqdm import tqdm
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_PLACE = "EACCES EPERM EROFS ENOTDIR EISDIR EEXIST EFBIG".split()
 PLAIN_TYPES = {"str", "bool", "int", "float", "None"}  # of a config's fields, checked when read
-DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # damaged text
+PARSE_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # damaged text
 
 
 class InputError(ValueError):
@@ -192,7 +192,7 @@ def open_tensors(
     remedy: str = "copy or write it again",
 ) -> Iterator[tuple]:
     """Open a safetensors file of ours: (file, metadata); what goes wrong becomes an InputError."""
-    with reading(path, remedy, SafetensorError, OSError, *DAMAGED):
+    with reading(path, remedy, SafetensorError, OSError, *PARSE_ERRORS):
         with safe_open(str(path), framework=framework, device=str(device)) as file:
             yield file, dict(json.loads((file.metadata() or {}).get("metadata", "{}")))
 
@@ -274,40 +274,40 @@ class Processes(NamedTuple):
     """This process among all that torchrun started."""
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
     patient: Any = None  # a gloo group of all, for what may last: it waits for days
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait for all, however slow one is; collectives of other groups time out meanwhile."""
-        if self.world > 1:
+        if self.world_size > 1:
             torch.distributed.barrier(self.patient)
 
-    def total(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all, on the device."""
-        if self.world > 1:
+        if self.world_size > 1:
             x = x.to(self.device)
             torch.distributed.all_reduce(x)
         return x
 
-    def gather(self, x: Any) -> list:
+    def all_gather(self, x: Any) -> list:
         """Give every process what each of them has, however slow one is."""
-        parts = [x] * self.world
-        if self.world > 1:
+        parts = [x] * self.world_size
+        if self.world_size > 1:
             torch.distributed.all_gather_object(parts, x, self.patient)
         return parts
 
     def any(self, mine: bool) -> bool:
         """Tell whether it is so in any process; the device is not waited for."""
         votes = torch.tensor(float(mine))
-        if self.world > 1:
+        if self.world_size > 1:
             torch.distributed.all_reduce(votes, group=self.patient)
         return votes.item() > 0
 
-    def leave(self) -> None:
+    def cleanup(self) -> None:
         """Leave the group when all are done."""
-        if self.world > 1:
-            self.meet()
+        if self.world_size > 1:
+            self.barrier()
             torch.distributed.destroy_process_group()
 
 
@@ -531,7 +531,7 @@ def read_index(folder: str | Path) -> tuple[dict, list[dict], dict[str, list[dic
         if name == "toy":
             remedy = f"remove its folder, if any: train_dit.py toy --dataset_dir {home} writes it"
         raise MissingFileError(f"{path}: no such data set; {remedy}")
-    with reading(path, REMEDY, *DAMAGED):
+    with reading(path, REMEDY, *PARSE_ERRORS):
         header, *records = map(json.loads, lines)
         records = list({record["shard"]: record for record in records}.values())
         for split, entries in [pair for r in records for pair in r["episodes"].items()]:
@@ -577,29 +577,29 @@ class Source(NamedTuple):
 RAIL, GCS = "https://rail.eecs.berkeley.edu/datasets/", "gs://gresearch/robotics/{}/0.1.0"
 BRIDGE = RAIL + "bridge_release/data/tfds/bridge_dataset/1.0.0"
 LIBERO = "https://huggingface.co/datasets/openvla/modified_libero_rlds/resolve/main/{}_no_noops/1.0.0"
-SAID, SAID_OXE = "language_instruction", "natural_language_instruction"
+TEXT, TEXT_OXE = "language_instruction", "natural_language_instruction"
 SOURCES = {name: Source(url.format(name), *rest) for name, url, *rest in (
-    ("bridge_v2", BRIDGE, 124, "image_0", "bridge", 5, SAID, "reward"),
-    ("bridge_v2_multiview", BRIDGE, 124, "image_0 image_1 image_2 image_3", "bridge", 5, SAID,
+    ("bridge_v2", BRIDGE, 124, "image_0", "bridge", 5, TEXT, "reward"),
+    ("bridge_v2_multiview", BRIDGE, 124, "image_0 image_1 image_2 image_3", "bridge", 5, TEXT,
      "reward"),
-    ("soar", RAIL + "soar_release/1.0.0", None, "image_0", "bridge", 5, SAID, "success"),
-    ("bridge", GCS, 387, "image", "bridge", 5, SAID_OXE),  # an older data set than bridge_v2
-    ("rt_1", GCS.format("fractal20220817_data"), 111, "image", "raw", 3, SAID_OXE, "reward"),
-    ("taco_play", GCS, 48, "rgb_static", "taco_play", 15, SAID_OXE),
-    ("jaco_play", GCS, 9, "image", "jaco_play", 10, SAID_OXE),
-    ("berkeley_cable_routing", GCS, 5, "image", "raw", 10, SAID_OXE),
-    ("roboturk", GCS, 45, "front_rgb", "raw", 10, SAID_OXE),
-    ("nyu_door_opening_surprising_effectiveness", GCS, 7, "image", "nyu_door", 3, SAID_OXE),
-    ("viola", GCS, 10, "agentview_rgb", "viola", 20, SAID_OXE),
-    ("berkeley_autolab_ur5", GCS, 76, "image", "autolab_ur5", 5, SAID_OXE),
-    ("toto", GCS, 128, "image", "toto", 30, SAID_OXE),
-    *((f"libero_{suite}", LIBERO, None, "image", "libero", 20, SAID, "reward")
+    ("soar", RAIL + "soar_release/1.0.0", None, "image_0", "bridge", 5, TEXT, "success"),
+    ("bridge", GCS, 387, "image", "bridge", 5, TEXT_OXE),  # an older data set than bridge_v2
+    ("rt_1", GCS.format("fractal20220817_data"), 111, "image", "raw", 3, TEXT_OXE, "reward"),
+    ("taco_play", GCS, 48, "rgb_static", "taco_play", 15, TEXT_OXE),
+    ("jaco_play", GCS, 9, "image", "jaco_play", 10, TEXT_OXE),
+    ("berkeley_cable_routing", GCS, 5, "image", "raw", 10, TEXT_OXE),
+    ("roboturk", GCS, 45, "front_rgb", "raw", 10, TEXT_OXE),
+    ("nyu_door_opening_surprising_effectiveness", GCS, 7, "image", "nyu_door", 3, TEXT_OXE),
+    ("viola", GCS, 10, "agentview_rgb", "viola", 20, TEXT_OXE),
+    ("berkeley_autolab_ur5", GCS, 76, "image", "autolab_ur5", 5, TEXT_OXE),
+    ("toto", GCS, 128, "image", "toto", 30, TEXT_OXE),
+    *((f"libero_{suite}", LIBERO, None, "image", "libero", 20, TEXT, "reward")
       for suite in ("10", "object", "goal", "spatial")),
 )}
 # fmt: on
 TARGETS = {"train": "train", "val": "test", "validation": "test", "test": "test"}
-PARTS = {"rotation_delta": slice(3, 6), "gripper_closedness_action": slice(6, 7)}
-PARTS |= {"open_gripper": slice(6, 7), "base_displacement_vector": slice(7, 9)}
+ACTION_SLICES = {"rotation_delta": slice(3, 6), "gripper_closedness_action": slice(6, 7)}
+ACTION_SLICES |= {"open_gripper": slice(6, 7), "base_displacement_vector": slice(7, 9)}
 
 
 def map_actions(raw: np.ndarray, mapping: str) -> np.ndarray:
@@ -632,8 +632,8 @@ def raw_action(action: Any) -> np.ndarray:
         return np.asarray(action, np.float32)
     flat = np.zeros(ACTION_DIM, np.float32)
     flat[:3] = action["world_vector"]
-    for name in action.keys() & PARTS.keys():
-        flat[PARTS[name]] = np.ravel(action[name])
+    for name in action.keys() & ACTION_SLICES.keys():
+        flat[ACTION_SLICES[name]] = np.ravel(action[name])
     return flat
 
 
@@ -652,7 +652,7 @@ def unpack_example(example: dict, source: Source) -> tuple[list, np.ndarray, dic
     if 0 not in frames:
         raise InputError(f"the main camera of {source.cameras!r} is missing")
     said = {**steps[0], **steps[0]["observation"]}
-    text = next((said[key] for key in (source.language, SAID, SAID_OXE) if key in said), b"")
+    text = next((said[key] for key in (source.language, TEXT, TEXT_OXE) if key in said), b"")
     success = {**about, "reward": steps[-1].get("reward")}.get(source.success)
     metadata = {
         "views": [*frames],
@@ -752,7 +752,7 @@ def read_shard(path: Path, source: Source, rlds: tuple, check: bool) -> Iterator
                 yield broken(f"does not match features.json ({fault})")
 
 
-NUMPY = threading.Lock()  # Python 3.11 cannot parse the headers of two arrays at once
+NPY_LOCK = threading.Lock()  # Python 3.11 cannot parse the headers of two arrays at once
 
 
 def natural(path: Path) -> list:
@@ -767,19 +767,19 @@ def read_own(path: Path) -> Iterator[Any]:
     array, about, found = path / "actions.npy", path / "metadata.json", {}
     try:  # of zip, zlib, tokenize, ...: NumPy names no types
         if path.is_file():
-            with NUMPY, reading(path, remedy, Exception), np.load(path) as file:
+            with NPY_LOCK, reading(path, remedy, Exception), np.load(path) as file:
                 frames, actions = file["frames"], file["actions"].astype(np.float64)
                 if frames.ndim not in (4, 5):
                     raise ValueError(f"frames are {frames.shape}")
                 found = {key: file[key].item() for key in known & {*file.files}}
         else:
-            with NUMPY, reading(array, remedy, Exception):
+            with NPY_LOCK, reading(array, remedy, Exception):
                 actions = np.load(array).astype(np.float64)
             cameras = sorted((p for p in path.glob("[!.]*") if p.is_dir()), key=natural) or [path]
             names = [sorted(c.glob("[!.]*.[jJpP][pPnN]*[gG]"), key=natural) for c in cameras]
             frames = [[name.read_bytes() for name in view] for view in names]
             if about.exists():
-                with reading(about, "mend or remove it", *DAMAGED):
+                with reading(about, "mend or remove it", *PARSE_ERRORS):
                     said = json.loads(about.read_bytes())
                     found = {key: said[key] for key in known & said.keys()}
         found = {key: value for key, value in found.items() if value is not None}
@@ -848,7 +848,7 @@ class ToyConfig:
             raise InputError(f"toy steps are (shortest, longest), policies shares of {POLICIES}")
 
 
-def locate(frames: np.ndarray, colour: str) -> np.ndarray:
+def centroid(frames: np.ndarray, colour: str) -> np.ndarray:
     """Find a colour's centroid (..., 2) = (column, row) in frames (..., H, W, 3); NaN if absent.
 
     Weights fall linearly with the distance in chromaticity; the first pixel's centre is 0.5.
@@ -868,7 +868,7 @@ def _axes(yaw: float) -> np.ndarray:
     return np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
 
 
-def _free(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | None:
+def _overlap(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | None:
     """Return the least move that frees b from a, None if apart: x, y, yaw, half length, width."""
     moves = []
     for angle in (a[2], a[2] + math.pi / 2, b[2], b[2] + math.pi / 2):
@@ -948,7 +948,7 @@ class ToyWorld:
         blocks = zip(self.names, self.block[:, :3].copy(), strict=True)
         return {**places, "plate": self.plate, **dict(blocks)}
 
-    def pixels(self, points: np.ndarray, view: int = 0, size: int | None = None) -> np.ndarray:
+    def project(self, points: np.ndarray, view: int = 0, size: int | None = None) -> np.ndarray:
         """Map points (..., 3) to (column, row) in a camera's image."""
         eye, axes, focal = self.cameras[view]
         local = (points - eye) @ axes.T
@@ -978,9 +978,9 @@ class ToyWorld:
         for rank, i in [*enumerate(loose)] * 2:
             for j in (*range(count, count + 3), self.held, *loose[:rank]):  # held -1 is the palm
                 a, b = s[j], s[i]
-                move = _free(a, b) if min(a[6], b[6]) - max(a[5], b[5]) > 0.002 else None
+                move = _overlap(a, b) if min(a[6], b[6]) - max(a[5], b[5]) > 0.002 else None
                 if move:
-                    on = [k for k in loose if s[k][5] == b[6] and _free((*s[k][:2], 0, 0, 0), b)]
+                    on = [k for k in loose if s[k][5] == b[6] and _overlap((*s[k][:2], 0, 0, 0), b)]
                     self.block[[i, *on], :2] += move  # with what stands on it
                     arm = np.clip(np.subtract(a[:2], b[:2]), -b[3], b[3])
                     self.block[i, 3] += (arm[0] * move[1] - arm[1] * move[0]) / (2 * b[3]) ** 2
@@ -988,7 +988,7 @@ class ToyWorld:
         for i in sorted(loose, key=lambda i: self.block[i, 2]):
             s = self._solids()
             under = [b for b in s[:count] if b[5] < s[i][5] - 0.01]
-            tops = [b[6] for b in under if _free((*s[i][:2], 0, 0, 0), b)]
+            tops = [b[6] for b in under if _overlap((*s[i][:2], 0, 0, 0), b)]
             self.block[i, 2] = max([0.0, *tops]) + self.half[i]
 
     def step(self, action: Sequence[float]) -> None:
@@ -1015,7 +1015,7 @@ class ToyWorld:
             if self.held >= 0:
                 hand.append(blocks.pop(self.held))
             for a in hand:
-                tops = [b[6] for b in blocks if -0.002 < a[5] - b[6] < -part[2] and _free(a, b)]
+                tops = [b[6] for b in blocks if -0.002 < a[5] - b[6] < -part[2] and _overlap(a, b)]
                 part[2] = max(part[2], max([0.0, *tops]) - a[5])
             self.gripper, self.yaw = self.gripper + part[:3], float(self.yaw + part[3])
             if self.held >= 0:
@@ -1078,8 +1078,8 @@ class ToyWorld:
         fallen = corners - corners[..., 2:] / LIGHT[2] * LIGHT  # the corners' shadows
         for view in views:
             eye, (bright, dark) = self.cameras[view][0], self._background(view, side)
-            shadows = self.pixels(fallen, view, side)[:, FACES].reshape(-1, 6, 8)[lit > 0]
-            pixels, seen = self.pixels(corners, view, side), normals @ eye > offset
+            shadows = self.project(fallen, view, side)[:, FACES].reshape(-1, 6, 8)[lit > 0]
+            pixels, seen = self.project(corners, view, side), normals @ eye > offset
             image, mask = bright.copy(), Image.new("1", (side, side))
             draw, paint = ImageDraw.Draw(image), ImageDraw.Draw(mask)
             for shadow in shadows.tolist():
@@ -1123,7 +1123,7 @@ def toy_policy(world: ToyWorld, kind: str, rng: np.random.Generator) -> Iterator
         yield at + run * rng.uniform(0.6, 1.5), 0, 4, 0.02
         yield at + run * 0.3 + rise, int(rng.integers(2)), 3, 0.045
 
-    def legs() -> Iterator[tuple]:
+    def waypoints() -> Iterator[tuple]:
         """Yield (place, gripper or None: any, most steps, distance at which it is reached)."""
         if kind in ("expert", "near_miss"):
             miss = int(rng.integers(1, 4 if count > 1 else 3)) if kind == "near_miss" else 0
@@ -1140,7 +1140,7 @@ def toy_policy(world: ToyWorld, kind: str, rng: np.random.Generator) -> Iterator
         while True:
             yield anywhere(), None, int(rng.integers(1, 5)), 0.02
 
-    for place, grip, steps, near in legs():
+    for place, grip, steps, near in waypoints():
         goal, speed = np.clip(place, *WORKSPACE), rng.uniform(0.85, 1.0) * MAX_MOVE
         for _ in range(steps):
             miss = goal - world.gripper
@@ -1247,7 +1247,7 @@ class Shard(NamedTuple):
     size: int = 0  # bytes, as far as known before it is read
 
 
-def fetch(
+def download(
     url: str,
     path: Path,
     progress: Callable[[int], Any],
@@ -1359,7 +1359,7 @@ def open_source(args: Args, folder: Path, records: list[dict]) -> tuple:
         base = folder / "download"
         base.mkdir(parents=True, exist_ok=True)
         for name in ("features.json", "dataset_info.json"):
-            fetch(f"{url}/{name}", base / name, lambda count: None)
+            download(f"{url}/{name}", base / name, lambda count: None)
     else:
         if not Path(where).is_dir():
             raise MissingFileError(f"{where}: no such folder; check --source")
@@ -1419,7 +1419,7 @@ def convert_shard(
     return record
 
 
-def measure(path: Path) -> dict:
+def size_and_sha256(path: Path) -> dict:
     """Return the bytes and the SHA-256 of a shard; of a folder of images, those of its actions."""
     content = path if path.is_file() else path / "actions.npy"
     size = content.stat().st_size
@@ -1430,7 +1430,7 @@ def measure(path: Path) -> dict:
 def convert(args: Args) -> None:
     """Fetch, write and commit the shards that the index lacks; a killed run goes on from there."""
     folder, stop = Path(args.output_dir) / args.dataset_name, threading.Event()
-    before, records, commit = {}, [], threading.Lock()
+    before, records, index_lock = {}, [], threading.Lock()
     with contextlib.suppress(MissingFileError):
         before, records, _ = read_index(folder)
     source, base, url, shards, read = open_source(args, folder, records)
@@ -1460,15 +1460,15 @@ def convert(args: Args) -> None:
     def job(shard: Shard) -> dict:
         path = base / shard.name
         if url and not path.exists():
-            fetch(f"{url}/{shard.name}", path, progress)
+            download(f"{url}/{shard.name}", path, progress)
         try:
             record = convert_shard(read(path), shard, folder, header, args.on_error == "skip")
         except InputError:
             if url:
                 path.unlink()  # it may have been damaged on its way: the next run fetches it again
             raise
-        record |= measure(path)
-        with commit:  # not later: another shard may end the run
+        record |= size_and_sha256(path)
+        with index_lock:  # not later: another shard may end the run
             append_index(folder, record)
         path.unlink() if url else progress(record["bytes"])
         return record
@@ -1527,7 +1527,7 @@ class DataConfig:
             raise InputError("seed must be >= 0, subset_weights positive numbers, comma-separated")
 
 
-def probe_frames(length: int, num_frames: int, sampling: str, fps: float) -> np.ndarray:
+def probe_times(length: int, num_frames: int, sampling: str, fps: float) -> np.ndarray:
     """Choose frames that show how an episode ends; the last frame is always among them.
 
     length 40, 8 frames, 5 fps:
@@ -1550,7 +1550,7 @@ def probe_frames(length: int, num_frames: int, sampling: str, fps: float) -> np.
     return np.minimum.accumulate(late)[::-1] + order
 
 
-def draw_frames(length: int, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
+def draw_times(length: int, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
     """Draw a clip of variable history; a clip that does not fit is not drawn, nothing is clamped.
 
     The future lies s apart, s in {stride, 2 stride}, from the current frame on; the history
@@ -1659,9 +1659,9 @@ class EpisodeDataset(torch.utils.data.Dataset):
         config, (folder, entry) = self.config, self.entries[i]
         length, rng = entry["length"], np.random.default_rng((config.seed, draw, i))
         if config.sampling != "stride":
-            times = probe_frames(length, config.num_frames, config.sampling, self.fps)
+            times = probe_times(length, config.num_frames, config.sampling, self.fps)
         elif config.variable_history and self.split == "train":
-            times = draw_frames(length, config, rng)
+            times = draw_times(length, config, rng)
         else:
             times = config.stride * np.arange(config.num_frames)
             times += rng.integers(length - times[-1])
@@ -1732,7 +1732,7 @@ class ClipSampler(torch.utils.data.Sampler):
 
     The keys form one endless sequence given by the config's seed: epoch after epoch, each freshly
     shuffled and as long as the data sets together; `subset_weights` set each one's share. Global
-    batch n is the slice n G ... (n + 1) G with G = world * batch_size, and rank r takes its r-th
+    batch n is the slice n G ... (n + 1) G with G = world_size * batch_size; rank r takes its r-th
     part: N processes with batch b see what one with batch N b sees, and no batch is uneven.
 
     start  number of batches taken before: resumes in the middle of an epoch
@@ -1743,11 +1743,11 @@ class ClipSampler(torch.utils.data.Sampler):
         dataset: EpisodeDataset,
         batch_size: int,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         start: int = 0,
     ):
         self.sizes, self.seed, self.start = dataset.sizes, dataset.config.seed, start
-        self.batch_size, self.rank, self.world = batch_size, rank, world
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         weights = dataset.config.weights or self.sizes
         share = np.array(weights) / sum(weights)
         self.counts = np.maximum(1, np.rint(share * sum(self.sizes))).astype(np.int64).tolist()
@@ -1769,7 +1769,7 @@ class ClipSampler(torch.utils.data.Sampler):
 
     def batch(self, number: int) -> list[tuple[int, int]]:
         """Return this rank's keys of global batch `number`."""
-        first = (number * self.world + self.rank) * self.batch_size
+        first = (number * self.world_size + self.rank) * self.batch_size
         places = (divmod(p, self.epoch_length) for p in range(first, first + self.batch_size))
         return [tuple(self.order(epoch)[i].tolist()) for epoch, i in places]
 
@@ -1777,7 +1777,7 @@ class ClipSampler(torch.utils.data.Sampler):
         return map(self.batch, itertools.count(self.start))
 
 
-def spread(size: int, count: int) -> list[int]:
+def even_indices(size: int, count: int) -> list[int]:
     """Pick at most `count` of `size` places, evenly."""
     return np.linspace(0, size - 1, min(count, size)).round().astype(int).tolist()
 
@@ -1832,7 +1832,7 @@ def check_seed(seed: int) -> None:
         raise InputError(f"seed is {seed}; give a number from 0 to 2^32 - 1")
 
 
-def begin(cls: type, toy: Any, fixed: Sequence[str]) -> tuple[Any, Processes]:
+def setup(cls: type, toy: Any, fixed: Sequence[str]) -> tuple[Any, Processes]:
     """Read the flags, join the other processes, seed every random generator."""
     args, changes = read_args(cls, toy, fixed)
     proc = init_processes(args.device)
@@ -1843,12 +1843,12 @@ def begin(cls: type, toy: Any, fixed: Sequence[str]) -> tuple[Any, Processes]:
     return args, proc
 
 
-def choose_clips(args: Any, proc: Processes, **others: Any) -> DataConfig:
+def prepare_data(args: Any, proc: Processes, **others: Any) -> DataConfig:
     """Say how clips are cut, as the flags do; write the toy world when it is first used."""
     toy = "toy" in args.subset_names.split(",") and not Path(args.dataset_dir, "toy").exists()
     if toy and proc.rank == 0:
         generate_toy(args.dataset_dir)
-    proc.meet()
+    proc.barrier()
     names = vars(args).keys() & {field.name for field in dataclasses.fields(DataConfig)}
     return DataConfig(**{n: getattr(args, n) for n in names}, views=args.num_views, **others)
 
@@ -1860,15 +1860,15 @@ def fill_cache(
     if stride > 1:
         fault = "these features depend on the clip and cannot be cached"
         raise InputError(f"cache_latents: {fault}; give --cache_latents false")
-    write_latent_cache(config, "train", fingerprint, encode, (proc.rank, proc.world))
-    proc.meet()
+    write_latent_cache(config, "train", fingerprint, encode, (proc.rank, proc.world_size))
+    proc.barrier()
 
 
 def wrap(module: torch.nn.Module, proc: Processes, compiled: bool = False) -> Callable:
     """Compile a module if wanted; average its gradients over all processes if there are several."""
     net = torch.compile(module) if compiled else module
-    if proc.world > 1:
-        mesh = torch.distributed.init_device_mesh(proc.device.type, (proc.world,))
+    if proc.world_size > 1:
+        mesh = torch.distributed.init_device_mesh(proc.device.type, (proc.world_size,))
         options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
         net = torch.nn.parallel.DistributedDataParallel(net, device_mesh=mesh, **options)
     return net
@@ -1880,7 +1880,7 @@ def ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class Reader(torch.utils.data.Dataset):
+class BatchDataset(torch.utils.data.Dataset):
     """Read the clips of a list of keys as one batch; an error of ours is returned, as it is."""
 
     def __init__(self, clips: torch.utils.data.Dataset):
@@ -1919,8 +1919,8 @@ class Run:
         self.args, self.proc, self.device = args, proc, proc.device
         self.parts, self.dataset = parts, dataset
         self.optimizers = [p for p in parts.values() if isinstance(p, torch.optim.Optimizer)]
-        self.say = print if proc.rank == 0 else lambda *_: None
-        self.global_batch = args.batch_size * args.grad_accum * proc.world
+        self.print0 = print if proc.rank == 0 else lambda *_: None
+        self.global_batch = args.batch_size * args.grad_accum * proc.world_size
         self.epoch_steps = max(1, len(dataset) // self.global_batch)
         steps = args.num_epochs * self.epoch_steps
         self.last_step = steps if args.max_steps is None else args.max_steps
@@ -1944,16 +1944,17 @@ class Run:
             for number in (signal.SIGINT, signal.SIGTERM)
         }
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        self.peak = next((1e12 * peak for kind, (peak, _) in GPUS.items() if kind in name), None)
-        if self.peak:
+        peaks = [1e12 * peak for kind, (peak, _) in GPUS.items() if kind in name]
+        self.peak_flops = peaks[0] if peaks else None
+        if self.peak_flops:
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 forward()
             clip = 3 * counter.get_total_flops()  # the backward pass takes twice the forward's
-            self.flops = clip * args.batch_size * args.grad_accum
-        self.say(f"{len(dataset)} episodes, {self.epoch_steps} steps an epoch, {folder}")
+            self.step_flops = clip * args.batch_size * args.grad_accum
+        self.print0(f"{len(dataset)} episodes, {self.epoch_steps} steps an epoch, {folder}")
         hidden = proc.rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=self.last_step, initial=self.step, disable=hidden)
-        self.since, self.began = self.step, time.perf_counter()
+        self.log_step, self.log_time = self.step, time.perf_counter()
 
     def prepare(self) -> None:
         """Write config.json and the log up to this step; remove what a killed run left behind."""
@@ -1980,7 +1981,7 @@ class Run:
                 self.rotate = path.name == "last.pt"
                 break
             except InputError as error:
-                self.say(f"warning: {error}")
+                self.print0(f"warning: {error}")
         else:
             raise MissingFileError(f"{self.folder}: no whole last.pt or previous.pt to resume")
         for name, now in self.fixed.items():
@@ -1995,21 +1996,22 @@ class Run:
                 raise InputError(f"{path}: {name} is of another model; {error}") from error
         before, now = self.state["episodes"], len(self.dataset)
         if before != now:
-            self.say(f"changed since the run was started: episodes {before} -> {now}, a new order")
+            change = f"episodes {before} -> {now}, a new order"
+            self.print0(f"changed since the run was started: {change}")
         self.step = self.state["step"]
         self.skipped[...], self.in_a_row[...] = self.state["skipped"], self.state["in_a_row"]
-        steps = self.proc.gather(self.step)
+        steps = self.proc.all_gather(self.step)
         if len({*steps}) > 1:
             raise InputError(f"{self.folder}: processes read steps {steps}; make it whole for all")
-        self.say(f"resumed {self.folder} at step {self.step}")
+        self.print0(f"resumed {self.folder} at step {self.step}")
 
-    def batches(self, clips: torch.utils.data.Dataset) -> Iterator:
+    def start_loader(self, clips: torch.utils.data.Dataset) -> Iterator:
         """Serve this process's batches from here on, every random generator as it was here."""
         args, proc, start = self.args, self.proc, self.step * self.args.grad_accum
-        sampler = ClipSampler(self.dataset, args.batch_size, proc.rank, proc.world, start)
+        sampler = ClipSampler(self.dataset, args.batch_size, proc.rank, proc.world_size, start)
         options = {"pin_memory": self.device.type == "cuda", "worker_init_fn": ignore_signals}
         options |= {"sampler": sampler, "batch_size": None, "num_workers": args.num_workers}
-        batches = self.serve(iter(torch.utils.data.DataLoader(Reader(clips), **options)))
+        batches = self.serve(iter(torch.utils.data.DataLoader(BatchDataset(clips), **options)))
         self.close_loader = weakref.finalize(self, batches.close)  # at the latest
         atexit.register(self.close_loader)  # before Python waits for its children
         if self.state:
@@ -2037,7 +2039,7 @@ class Run:
 
         Only the backward pass of the last one averages gradients over the processes.
         """
-        accum, world = self.args.grad_accum, self.proc.world
+        accum, world = self.args.grad_accum, self.proc.world_size
         for micro in range(accum):
             self.generator.manual_seed(self.args.seed + 1_000_003 * self.step)
             shard = micro * world + self.proc.rank, accum * world
@@ -2046,7 +2048,7 @@ class Run:
             with net.no_sync() if wait else contextlib.nullcontext():
                 yield next(batches), draws
 
-    def alone(self, write: Callable, *args: Any) -> None:
+    def on_rank0(self, write: Callable, *args: Any) -> None:
         """Have rank 0 write while all wait; a run that cannot write goes on, the old files stay."""
         if self.proc.rank == 0:
             what = str(args[0]) if args else "the log"
@@ -2055,15 +2057,15 @@ class Run:
                 write(*args)
             except OSError as error:
                 self.unsaved[what] = str(error)  # itself would keep what was to be written
-                self.say(f"warning: {what} could not be saved ({error}); the run goes on")
-        self.proc.meet()
+                self.print0(f"warning: {what} could not be saved ({error}); the run goes on")
+        self.proc.barrier()
 
     def save(self) -> None:
         """Write last.pt, keep the one before as previous.pt; a kill leaves at least one of them."""
         kind, keys, *others = np.random.get_state()
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         numpy = (kind, keys.tolist(), *others)
-        states = self.proc.gather((random.getstate(), numpy, torch.get_rng_state(), cuda))
+        states = self.proc.all_gather((random.getstate(), numpy, torch.get_rng_state(), cuda))
         epoch, position = divmod(self.step * self.global_batch, len(self.dataset))
         state = {"step": self.step, "epoch": epoch, "position": position, "config": self.config}
         state |= {"skipped": self.skipped.item(), "in_a_row": self.in_a_row.item()}
@@ -2080,8 +2082,8 @@ class Run:
                 os.replace(last, last.with_name("previous.pt"))
             self.rotate = True
 
-        self.alone(write_atomic, last, write)
-        self.alone(self.plot_loss)
+        self.on_rank0(write_atomic, last, write)
+        self.on_rank0(self.plot_loss)
 
     def due(self, every: int) -> bool:
         """Tell whether it is time for what happens every so many steps, and at the end."""
@@ -2090,7 +2092,7 @@ class Run:
     def update(self, *norms: torch.Tensor) -> None:
         """Step the optimisers, unless a norm is not finite; fused AdamW needs no host sync for it.
 
-        After ten such steps in a row all are skipped, until `report` looks.
+        After ten such steps in a row all are skipped, until `log_losses` looks.
         """
         bad = (~torch.stack(norms).isfinite().all() | (self.in_a_row >= 10)).float()
         for optimizer in self.optimizers:
@@ -2102,7 +2104,7 @@ class Run:
         self.step += 1
         self.bar.update()
 
-    def write(self, row: dict[str, float], show: bool = True) -> None:
+    def log_row(self, row: dict[str, float], show: bool = True) -> None:
         """Append a row to log.csv and show it."""
         values = [row.get(name, "") for name in self.columns]
         line = ",".join(f"{v:.8g}" if isinstance(v, float) else str(v) for v in values)
@@ -2111,39 +2113,39 @@ class Run:
             with self.log.open("a") as file:
                 file.write(line + "\n")
 
-        self.alone(append)
+        self.on_rank0(append)
         if show:
             texts = [f"{name} {value:.4g}" for name, value in row.items() if name != "step"]
-            self.say(f"step {self.step}: {', '.join(texts)}")
+            self.print0(f"step {self.step}: {', '.join(texts)}")
 
-    def add(self, **values: torch.Tensor) -> None:
-        """Collect losses of a micro step; `report` gives their means from when they began."""
+    def accumulate(self, **values: torch.Tensor) -> None:
+        """Collect losses of a micro step; `log_losses` gives their means from when they began."""
         for name, value in values.items():
             total, first = self.sums.get(name, (0.0, self.step))
             self.sums[name] = total + value.detach() / self.args.grad_accum, first
 
-    def report(self, lr: float, **norms: torch.Tensor) -> None:
+    def log_losses(self, lr: float, **norms: torch.Tensor) -> None:
         """Log the mean losses since the last report; stop after ten steps that were not finite."""
         if self.step % self.args.log_every and self.step < self.last_step:
             return
-        steps = self.step - self.since
+        steps = self.step - self.log_step
         means = [total / (self.step - first) for total, first in self.sums.values()]
         means = torch.stack([*means, *norms.values()])
-        means = self.proc.total(torch.cat((means, self.in_a_row[None])))
-        *means, bad = (means / self.proc.world).tolist()  # the only host sync
+        means = self.proc.all_reduce(torch.cat((means, self.in_a_row[None])))
+        *means, bad = (means / self.proc.world_size).tolist()  # the only host sync
         row = {"step": self.step, **dict(zip((*self.sums, *norms), means, strict=True)), "lr": lr}
-        pace = (time.perf_counter() - self.began) / steps
+        pace = (time.perf_counter() - self.log_time) / steps
         row |= {"clips_per_s": self.global_batch / pace, "ms_per_step": 1000 * pace}
-        row |= {"mfu": self.flops / pace / self.peak} if self.peak else {}
+        row |= {"mfu": self.step_flops / pace / self.peak_flops} if self.peak_flops else {}
         row |= {"minutes_left": pace * (self.last_step - self.step) / 60}
         if self.device.type == "cuda":  # the most so far
             row["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         else:  # bytes on macOS, KiB elsewhere
             unit = 1e9 if sys.platform == "darwin" else 1e6
             row["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        self.write(row | {"skipped": self.skipped.item()}, show=self.bar.disable)
+        self.log_row(row | {"skipped": self.skipped.item()}, show=self.bar.disable)
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}")
-        self.sums, self.since, self.began = {}, self.step, time.perf_counter()
+        self.sums, self.log_step, self.log_time = {}, self.step, time.perf_counter()
         if bad >= 10:
             first = self.step - round(bad)
             self.in_a_row.zero_()
@@ -2183,13 +2185,13 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.step < self.last_step:
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", self.proc.world))
-            launch = f"torchrun --nproc_per_node={here}" if self.proc.world > 1 else "python"
-            if (nodes := self.proc.world // here) > 1:
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", self.proc.world_size))
+            launch = f"torchrun --nproc_per_node={here}" if self.proc.world_size > 1 else "python"
+            if (nodes := self.proc.world_size // here) > 1:
                 launch += f" --nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT"
             command = f"{launch} {Path(sys.argv[0]).name} --resume {self.folder}"
-            self.say(f"stopped at step {self.step}; go on with: {command}")
-        self.proc.leave()
+            self.print0(f"stopped at step {self.step}; go on with: {command}")
+        self.proc.cleanup()
         for what, error in self.unsaved.items():
             if what.endswith((".pt", ".safetensors")):
                 saved = any((self.folder / f"{name}.pt").exists() for name in ("last", "previous"))

@@ -82,7 +82,7 @@ def null_action(actions: Tensor) -> Tensor:
     return null
 
 
-def both(x: Tensor, guidance: float, null: Callable = lambda x: x) -> Tensor:
+def branches(x: Tensor, guidance: float, null: Callable = lambda x: x) -> Tensor:
     """Stack the branches of guidance, with and without action, along the batch."""
     return x if guidance == 1.0 else torch.cat((x, null(x)))
 
@@ -143,12 +143,12 @@ class Objective:
         z (B, n, h, w, C), actions (B, n + 1, A), eps (B, 1, h, w, C)  ->  (B, 1, h, w, C)
         """
         levels, (z_known, tau_known) = self.levels(), self.condition(z)
-        actions = both(actions, guidance, null_action)
+        actions = branches(actions, guidance, null_action)
 
         def velocity(z_new: Tensor, i: int) -> Tensor:
             tau = torch.cat((tau_known, tau_known.new_full((len(z), 1), levels[i])), 1)
-            v = model(both(torch.cat((z_known, z_new), 1), guidance), both(tau, guidance), actions)
-            return guide(v[:, -1:], guidance)
+            z_tau, tau = branches(torch.cat((z_known, z_new), 1), guidance), branches(tau, guidance)
+            return guide(model(z_tau, tau, actions)[:, -1:], guidance)
 
         return self.integrate(velocity, eps)
 
@@ -156,8 +156,8 @@ class Objective:
         self, model: Any, z: Tensor, actions: Tensor, guidance: float = 1.0, cache: Any = None
     ) -> Any:
         """Add known frames (B, n, ...) and their actions to a context cache; None: to a new one."""
-        z, tau = (both(x, guidance) for x in self.condition(z))
-        return model.encode_context(z, tau, both(actions, guidance, null_action), cache)
+        z, tau = (branches(x, guidance) for x in self.condition(z))
+        return model.encode_context(z, tau, branches(actions, guidance, null_action), cache)
 
     def next_frame(
         self, model: Any, cache: Any, action: Tensor, eps: Tensor, guidance: float = 1.0
@@ -166,13 +166,13 @@ class Objective:
 
         action (B, A) beside the new frame, eps (B, 1, h, w, C)  ->  (B, 1, h, w, C)
         """
-        beside = both(action, guidance, null_action)[:, None].expand(-1, self.steps, -1)
+        beside = branches(action, guidance, null_action)[:, None].expand(-1, self.steps, -1)
         tau = [eps.new_full((len(beside), 1), tau) for tau in self.levels()[: self.steps]]
         modulations = model.modulations(torch.cat(tau, 1), beside)
 
         def velocity(z: Tensor, i: int) -> Tensor:
             at_i = [m[:, i : i + 1] for m in modulations]
-            return guide(model.denoise(both(z, guidance), at_i, cache), guidance)
+            return guide(model.denoise(branches(z, guidance), at_i, cache), guidance)
 
         return self.integrate(velocity, eps)
 
@@ -228,9 +228,9 @@ class Objective:
         window = model.config.max_frames if hasattr(model, "config") else n + k
         frames, cached = [z[:, t : t + 1] for t in range(n)], hasattr(model, "encode_context")
         for t in range(n, n + k):
-            if cache and context == "exact" and cache.frames == window - 1:
-                cache.frames = cache.position = 0  # what slides is encoded anew
-            first = t - 1 if cache and cache.frames else max(0, t + 1 - window)  # not cached yet
+            if cache and context == "exact" and cache.length == window - 1:
+                cache.length = cache.position = 0  # what slides is encoded anew
+            first = t - 1 if cache and cache.length else max(0, t + 1 - window)  # not cached yet
             past, eps = torch.cat((z[:, :0], *frames[first:t]), 1), noise[:, t - n, None].float()
             if cached:
                 cache = self.encode_context(model, past, actions[:, first:t], guidance, cache)

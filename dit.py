@@ -133,7 +133,7 @@ def build_rope(
 cached_rope = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(build_rope))
 
 
-def norm_rotate(x: Tensor, table: Tensor) -> Tensor:
+def qk_norm_rope(x: Tensor, table: Tensor) -> Tensor:
     """Normalise each head of x (B, T, N, H, E) by its RMS, then rotate adjacent channel pairs:
 
     (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin), all in float32
@@ -237,13 +237,13 @@ class ContextCache:
     """Keep the temporal keys and values of known frames for the denoising steps of the next one."""
 
     window: int
-    frames: int  # slots in use, at most window - 1: one is for the frame that is denoised
+    length: int  # slots in use, at most window - 1: one is for the frame that is denoised
     position: int  # frames added since it was empty; a full cache has overwritten the oldest
     kv: dict[int, Tensor]  # layer: (2, B, window, N, H, E), made at first use; slots have no order
 
-    def expand(self, n: int, room: int | None = None) -> ContextCache:
+    def repeat(self, n: int, room: int | None = None) -> ContextCache:
         """Copy every sample n times, for n candidates each; room: only that many frames more."""
-        end = None if room is None else self.frames + room
+        end = None if room is None else self.length + room
         kv = {i: x[:, :, :end].repeat_interleave(n, 1) for i, x in self.kv.items()}
         return replace(self, kv=kv)
 
@@ -262,7 +262,7 @@ class Block(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, -1)
         qkv = self.attn["qkv_proj"](x, shift_attn, scale_attn, prologue=modulate)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, T, N, H, E)
-        y = attend(norm_rotate(q, rope), norm_rotate(k, rope), v)
+        y = attend(qk_norm_rope(q, rope), qk_norm_rope(k, rope), v)
         x = torch.addcmul(x, gate_attn, self.attn["out_proj"](y.reshape(x.shape)))
         inputs = x, shift_mlp, scale_mlp, *self.ffwd["w12"].parameters()
         return torch.addcmul(x, gate_mlp, self.ffwd["w3"](*inputs, prologue=swiglu))
@@ -376,14 +376,14 @@ class DiT(nn.Module):
             raise InputError(f"a window of {window} holds {window - 1} known frames, not {T}")
         cache = cache or ContextCache(window, 0, 0, {})
         modulations = self.modulations(tau, actions) if T else []
-        alone = z.device.type == "cpu" or cache.frames  # one at a time fits a CPU's caches
+        alone = z.device.type == "cpu" or cache.length  # one at a time fits a CPU's caches
         step, room = 1 if alone else window, window - 1
         for t in range(0, T, step):
             part, new = slice(t, t + step), min(step, T - t)
-            seen = min(cache.frames + new, room)
+            seen = min(cache.length + new, room)
             attend = self._attend(cache, cache.position % room, seen)
             self._run(z[:, part], [m[:, part] for m in modulations], cache.position, attend)
-            cache.frames, cache.position = seen, cache.position + new
+            cache.length, cache.position = seen, cache.position + new
         return cache
 
     @torch.no_grad()
@@ -392,7 +392,7 @@ class DiT(nn.Module):
 
         modulations  `modulations(tau, actions)` of this frame (T = 1) at this noise level
         """
-        attend = self._attend(cache, cache.frames, cache.frames + 1)
+        attend = self._attend(cache, cache.length, cache.length + 1)
         return self._run(z, modulations, cache.position, attend)
 
     def _attend(self, cache: ContextCache, slot: int, seen: int) -> Callable:
@@ -432,7 +432,7 @@ def load_dit(path: str | Path, **overrides: Any) -> DiT:
                max_frames, action_dropout; heads if not of dim 64 (72 at width 1152)
     Raises InputError for anything missing, left over, ambiguous or contradictory.
     """
-    with data.reading(path, "copy it again", *data.DAMAGED):
+    with data.reading(path, "copy it again", *data.PARSE_ERRORS):
         return dit_from(*data.load_weights(path), str(path), **overrides)
 
 

@@ -42,22 +42,22 @@ scale_rae_webssl 16x16x1024 304+415M yes     yes     facebook/webssl-dino300m-fu
 vjepa2           16x16x1024 305M     yes     no      https://dl.fbaipublicfiles.com/vjepa2
 qwen             16x16x1280 669M     yes     no      Qwen/Qwen2.5-VL-3B-Instruct
 """  # noqa: E501  latent of a 256x256 frame; encoder + decoder; adapter: the paper compresses it
-ROWS = {row.split()[0]: row.split() for row in TABLE.splitlines()[1:]}
-RELEASES = {kind: row[-1] for kind, row in ROWS.items()}
+ENCODERS = {row.split()[0]: row.split() for row in TABLE.splitlines()[1:]}
+RELEASES = {kind: row[-1] for kind, row in ENCODERS.items()}
 DECODERS = {
     "rae": "nyu-visionx/RAE-collections/decoders/dinov2/wReg_base/ViTXL_n08",
     "scale_rae_siglip": "nyu-visionx/siglip2_decoder",
     "scale_rae_webssl": "nyu-visionx/webssl300m_decoder",
 }
-STATISTICS = {
+LATENT_STATS = {
     "rae": "nyu-visionx/RAE-collections/stats/dinov2/wReg_base/imagenet1k",
     "vavae": "hustvl/vavae-imagenet256-f16d32-dinov2",
 }
-HOMES = {name: f"weights/{kind}/decoder" for kind, name in DECODERS.items()}
-HOMES |= {name: f"weights/{kind}" for kind, name in (*STATISTICS.items(), *RELEASES.items())}
-TRANSFORMERS = ("model.safetensors", "model.safetensors.index.json")
+LOCAL_DIRS = {name: f"weights/{kind}/decoder" for kind, name in DECODERS.items()}
+LOCAL_DIRS |= {name: f"weights/{kind}" for kind, name in (*LATENT_STATS.items(), *RELEASES.items())}
+HF_FILES = ("model.safetensors", "model.safetensors.index.json")
 CONTAINERS = ("ema_encoder", "target_encoder", "state_dict")  # what may hold the tensors of a .pt
-OFFLINE = """LocalEntryNotFoundError OfflineModeIsEnabled URLError ConnectionError ConnectTimeout
+NO_NETWORK = """LocalEntryNotFoundError OfflineModeIsEnabled URLError ConnectionError ConnectTimeout
     ReadTimeout ProxyError SSLError TimeoutError""".split()  # how a download without network ends
 REMEDY = f"name a file of tensors, at its top level or in {', '.join(CONTAINERS)}"
 WRAPPERS = r"((module|_orig_mod|backbone|model|visual|vision_model)\.)*"  # before a tensor's name
@@ -88,14 +88,14 @@ class EncoderConfig:
             raise InputError(f"qwen_mode {self.qwen_mode!r} is neither 'video' nor 'image'")
         if self.patch_size < 1 or (self.image_size is not None and self.image_size < 1):
             raise InputError("patch_size and image_size must be positive")
-        owners = {"decoder_weights": DECODERS, "standardize": STATISTICS, "sd3_shift": ["vae"]}
+        owners = {"decoder_weights": DECODERS, "standardize": LATENT_STATS, "sd3_shift": ["vae"]}
         owners |= {"qwen_mode": ["qwen"], "final_norm": ["scale_rae_siglip"]}
         for name, types in (owners | {"weights": [*RELEASES][1:]}).items():
             if self.encoder_type not in types and getattr(self, name) != getattr(type(self), name):
                 raise InputError(f"{name} is an option of {', '.join(types)} only")
 
 
-def fetch(name: str, file: str, cached: bool) -> Path:
+def hub_file(name: str, file: str, cached: bool) -> Path:
     """Return a file of a hub id (org/name/folder) or https folder: the cached one, or download."""
     if "://" not in name:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -116,7 +116,7 @@ def fetch(name: str, file: str, cached: bool) -> Path:
     return path.resolve(strict=True)
 
 
-def find(name: str, *files: str, download: bool = True) -> Path:
+def find_file(name: str, *files: str, download: bool = True) -> Path:
     """Return the first of `files` in what the user named: here, in a cache, or downloaded.
 
     name   file (then it is the answer), folder, hub id (org/name/folder), https folder; for a
@@ -124,7 +124,7 @@ def find(name: str, *files: str, download: bool = True) -> Path:
     Raises MissingFileError saying what to fetch, from where, and where to put it.
     """
     name, path = str(name), Path(name).expanduser()
-    for place in (Path(HOMES.get(name, name)), path):
+    for place in (Path(LOCAL_DIRS.get(name, name)), path):
         if place.is_file():
             return place
         for file in files:
@@ -137,29 +137,29 @@ def find(name: str, *files: str, download: bool = True) -> Path:
         raise MissingFileError(f"{path}: {what}; check the path")
     for file, cached in [(f, True) for f in exact] + [(f, False) for f in exact if download]:
         try:
-            return fetch(name, file, cached)
+            return hub_file(name, file, cached)
         except (OSError, ValueError) as error:
             reason = type(error).__name__
-            if not cached and reason in OFFLINE:  # another name would wait in vain again
+            if not cached and reason in NO_NETWORK:  # another name would wait in vain again
                 break
     place = re.sub(r"^([\w.-]+/[\w.-]+)", r"https://huggingface.co/\1/resolve/main", name)
     raise MissingFileError(
         f"{place}/{files[0]} is not on this machine and cannot be fetched "
-        f"({'no connection' if reason in OFFLINE else reason}); put it, with its config.json, "
-        f"shards or decoder.jit, in {HOMES.get(name, 'a folder')} here (a licence may need "
+        f"({'no connection' if reason in NO_NETWORK else reason}); put it, with its config.json, "
+        f"shards or decoder.jit, in {LOCAL_DIRS.get(name, 'a folder')} here (a licence may need "
         "consent), or name its folder"
     )
 
 
-def beside(path: Path, name: str, file: str) -> Path:
+def find_companion(path: Path, name: str, file: str) -> Path:
     """Return a companion of a file that was found in `name`."""
     here = Path(name).expanduser().exists() or (path.parent / file).is_file()
-    return find(str(path.parent.absolute()) if here else name, file)
+    return find_file(str(path.parent.absolute()) if here else name, file)
 
 
 def read_json(path: Path, key: str) -> dict:
     """Read a JSON object, or the object under a key of it if it has that key."""
-    with data.reading(path, "fetch it again", OSError, *data.DAMAGED):
+    with data.reading(path, "fetch it again", OSError, *data.PARSE_ERRORS):
         values = json.loads(path.read_text())
         return dict(values.get(key, values))
 
@@ -170,7 +170,7 @@ def read_tensors(path: Path, keep: tuple[str, ...]) -> dict[str, Tensor]:
         with data.open_tensors(path) as (file, _):
             state = {key: file.get_tensor(key) for key in file.keys() if key.startswith(keep)}
     else:
-        with data.reading(path, REMEDY, RuntimeError, *data.DAMAGED):
+        with data.reading(path, REMEDY, RuntimeError, *data.PARSE_ERRORS):
             state = data.load_torch(path)
             state = next((state[name] for name in CONTAINERS if name in state), state)
             state = {key: value for key, value in state.items() if key.startswith(keep)}
@@ -188,7 +188,7 @@ def read_stats(path: Path, latent_dim: int) -> Tensor:
     ->  (2, h, w, C) or (2, 1, 1, C)   mean, std
     """
     remedy = f"name a file of 'std' or 'var', and 'mean', of {latent_dim} latent channels"
-    with data.reading(path, remedy, RuntimeError, *data.DAMAGED):
+    with data.reading(path, remedy, RuntimeError, *data.PARSE_ERRORS):
         values = data.load_torch(path)
         mean, std = values.get("mean"), values.get("std")
         std = (values["var"] + 1e-5).sqrt() if std is None else std
@@ -204,12 +204,12 @@ def read_stats(path: Path, latent_dim: int) -> Tensor:
 class Network(nn.Module):
     """The tensors of a public file under their own names, and the layers that ask for them."""
 
-    files, keep = TRANSFORMERS, ("",)  # see `find` and `read_tensors`
+    files, keep = HF_FILES, ("",)  # see `find_file` and `read_tensors`
     needs_config = (True, True)  # its config.json is a must: beside a file here, in the hub
     unused, names = ("\n",), ""  # tensors not asked for; pairs our=the file's part of a name
     size, mean_std, clamp = None, HALF, False  # of the frames it is made for: side, range
-    frames, chunk = 1, 32  # frames a latent stands for, frames a call
-    archives, eps, last = (), 1e-6, ""
+    stride, chunk = 1, 32  # frames a latent stands for, frames a call
+    archives, eps, end_norm = (), 1e-6, ""
 
     def __init__(self, where: Path, state: dict[str, Tensor], config: dict):
         super().__init__()
@@ -246,13 +246,13 @@ class Network(nn.Module):
             raise self.fault(f"tensor {name} is {tuple(value.shape)}, expected {shape}")
         return value
 
-    def count(self, prefix: str, key: str = "") -> int:
+    def n_layers(self, prefix: str, key: str = "") -> int:
         """Count layers: the config's `key`, or one more than the largest number after `prefix`."""
         pattern = re.escape(self.rename(prefix)).replace(r"\*", r"\d+") + r"(\d{1,3})\."
         found = [int(match[1]) for name in self._buffers if (match := re.match(pattern, name))]
-        return self.number(key, max(found, default=0) + 1)
+        return self.hparam(key, max(found, default=0) + 1)
 
-    def number(self, key: str, default: float, divides: int = 0) -> int | float:
+    def hparam(self, key: str, default: float, divides: int = 0) -> int | float:
         """Return a positive number of the config, or the default where it has none."""
         value = self.config.get(key, default)
         if type(value) not in (int, type(default)) or not 0 < value < 1e6:
@@ -320,7 +320,7 @@ def unpatchify(x: Tensor, p: int) -> Tensor:
     return x.flatten(4).flatten(2, 3)
 
 
-def turns(*axes: Tensor, pairs: int) -> Tensor:
+def axial_rope(*axes: Tensor, pairs: int) -> Tensor:
     """Return e^(i angle), angle_j = position * 10000^(-j / K), for K pairs an axis; the rest 1.
 
     axes  positions along each axis of a grid of n tokens   ->  (n, pairs) complex
@@ -342,16 +342,16 @@ class Transformer(Network):
 
     blocks, norm1, norm2, qkv, proj = "blocks.", "norm1", "norm2", ("attn.qkv",), "attn.proj"
     fc1, fc2, scales, gelu = ("mlp.fc1",), "mlp.fc2", (), "none"
-    gated, halves = False, False
+    gated, rotate_half = False, False
 
-    def rotate(self, x: Tensor, turn: Tensor) -> Tensor:
+    def apply_rope(self, x: Tensor, rope: Tensor) -> Tensor:
         """Turn channel pairs by position, in float32: (a + ib) e^(i angle) [Su et al. 2021, 3.2.2].
 
-        x (N, heads, n, d), turn (n, d / 2); a pair is 2j, 2j + 1, or j, j + d / 2 in `halves`
+        x (N, heads, n, d), rope (n, d / 2); a pair is 2j, 2j + 1, or j, j + d / 2 in `rotate_half`
         """
-        x, dtype, halves = x.float(), x.dtype, self.halves
+        x, dtype, halves = x.float(), x.dtype, self.rotate_half
         pairs = x.unflatten(-1, (2, -1)).mT.contiguous() if halves else x.unflatten(-1, (-1, 2))
-        turned = torch.view_as_real(torch.view_as_complex(pairs).mul_(turn))
+        turned = torch.view_as_real(torch.view_as_complex(pairs).mul_(rope))
         return (turned.mT if halves else turned).flatten(-2).to(dtype)
 
     def parts(self, x: Tensor, name: str, parts: tuple, count: int) -> list[Tensor]:
@@ -360,7 +360,7 @@ class Transformer(Network):
         return out if len(out) == count else out[0].chunk(count, dim=-1)
 
     def block(
-        self, x: Tensor, i: int, turn: Tensor | None = None, mask: Tensor | None = None
+        self, x: Tensor, i: int, rope: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Map tokens (N, n, D) through block i; out of place: tests/study.py trains through it."""
         name = f"{self.blocks}{i}."
@@ -368,8 +368,8 @@ class Transformer(Network):
         y = self.norm(x, name + self.norm1)
         qkv = self.parts(y, name, self.qkv, 3)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv)
-        if turn is not None:
-            q, k = self.rotate(q, turn), self.rotate(k, turn)
+        if rope is not None:
+            q, k = self.apply_rope(q, rope), self.apply_rope(k, rope)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  #      (N, heads, n, d)
         y = self.linear(y.transpose(1, 2).flatten(2), name + self.proj)
         x = torch.addcmul(x, y, scales[0]) if scales else x + y
@@ -382,7 +382,7 @@ class Transformer(Network):
 class DINO(Transformer):
     """DINOv2 as in Web-DINO: images to tokens, by a table of positions."""
 
-    last = "file"  # the norm at the end: the "file"'s, a "plain" one without weights, or "none"
+    end_norm = "file"  # the norm at the end: the "file"'s, a "plain" one without weights, or "none"
     mean_std, unused, size = IMAGENET, ("embeddings.mask_token",), 224
     patch, table = "embeddings.patch_embeddings.projection", "embeddings.position_embeddings"
     cls, registers = "embeddings.cls_token", ""
@@ -392,9 +392,9 @@ class DINO(Transformer):
 
     def build(self) -> None:
         self.dim, _, _, self.unit = self.tensor(f"{self.patch}.weight", -1, 3, -1, -1).shape
-        self.heads = self.number("num_attention_heads", 12, self.dim)
-        self.eps = self.number("layer_norm_eps", 1e-6)
-        self.depth = self.count(self.blocks, "num_hidden_layers")
+        self.heads = self.hparam("num_attention_heads", 12, self.dim)
+        self.eps = self.hparam("layer_norm_eps", 1e-6)
+        self.depth = self.n_layers(self.blocks, "num_hidden_layers")
         if self.config.get("use_swiglu_ffn"):
             self.fc1, self.fc2, self.gated = ("mlp.weights_in",), "mlp.weights_out", True
         self.places = self.tensor(self.table).numel() // self.dim - bool(self.cls)
@@ -417,15 +417,15 @@ class DINO(Transformer):
         for i in range(self.depth):
             x = self.block(x, i)
         x = x[:, -h * w :].unflatten(1, (h, w))
-        if self.last == "file":
+        if self.end_norm == "file":
             return self.norm(x, "layernorm")
-        return F.layer_norm(x, (D,), eps=1e-6) if self.last == "plain" else x
+        return F.layer_norm(x, (D,), eps=1e-6) if self.end_norm == "plain" else x
 
 
 class RAE(DINO):
     """DINOv2 with registers as in RAE, which does without the weights of the last norm."""
 
-    registers, last = "embeddings.register_tokens", "plain"
+    registers, end_norm = "embeddings.register_tokens", "plain"
     unused = ("embeddings.mask_token", "layernorm.")
 
 
@@ -433,7 +433,7 @@ class SigLIP(DINO):
     """SigLIP's vision tower (Scale-RAE), to its last layer: as DINO, without CLS and scales."""
 
     keep = ("vision_model.", "embeddings.", "encoder.")
-    mean_std, last, unused, size = HALF, "plain", ("head.", "post_layernorm."), None
+    mean_std, end_norm, unused, size = HALF, "plain", ("head.", "post_layernorm."), None
     patch, table, cls = "embeddings.patch_embedding", "embeddings.position_embedding.weight", ""
     blocks, norm1, norm2 = "encoder.layers.", "layer_norm1", "layer_norm2"
     qkv, proj = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj"
@@ -450,7 +450,7 @@ class VJEPA(Transformer):
     def build(self) -> None:
         weight = self.tensor("patch_embed.proj.weight", -1, 3, -1, -1, -1)
         self.dim, _, frames, _, self.unit = weight.shape
-        self.heads, self.depth, side = self.dim // 64, self.count(self.blocks), 2 * self.unit
+        self.heads, self.depth, side = self.dim // 64, self.n_layers(self.blocks), 2 * self.unit
         self.check(lambda x: (self(x), self.encode(x[:, :, 0])), 1, 3, frames, side, side)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -460,10 +460,10 @@ class VJEPA(Transformer):
         grid = t, h, w = x.shape[1:4]
         time, row, column = (torch.arange(size, device=x.device).float() for size in grid)
         row, column = row * 15 / max(h - 1, 1), column * 15 / max(w - 1, 1)  # spans 0..15, its grid
-        turn = turns(time, row, column, pairs=32)
+        rope = axial_rope(time, row, column, pairs=32)
         x = x.flatten(1, 3) + self.tensor(f"{kind}_mod_embed", 1, 1, self.dim)
         for i in range(self.depth):
-            x = self.block(x, i, turn)
+            x = self.block(x, i, rope)
         return self.norm(x, "norms_block.3").unflatten(1, grid)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -477,39 +477,39 @@ class QwenTower(Transformer):
     instead of upstream's permutation. Pairs never see each other.
     """
 
-    files = TRANSFORMERS[::-1]
+    files = HF_FILES[::-1]
     keep = ("visual.", "model.visual.", "patch_embed.", "blocks.", "merger.")
     size, mean_std, clamp, unused = 224, CLIP, True, ("merger.mlp.",)
-    fc1, fc2, gated, halves = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", True, True
+    fc1, fc2, gated, rotate_half = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", True, True
 
     def build(self) -> None:
         weight = self.tensor("patch_embed.proj.weight", -1, 3, -1, -1, -1)
         self.dim, _, self.pair, _, p = weight.shape
-        self.frames = self.pair  # or 1: every frame is an image, paired with itself
-        self.heads = self.number("num_heads", 16, self.dim // 4)
-        self.depth = self.count(self.blocks, "depth")
-        self.unit = p * self.number("spatial_merge_size", 2)  # windows hold whole groups of patches
-        self.window = self.number("window_size", 112) // self.unit * self.unit // p
+        self.stride = self.pair  # or 1: every frame is an image, paired with itself
+        self.heads = self.hparam("num_heads", 16, self.dim // 4)
+        self.depth = self.n_layers(self.blocks, "depth")
+        self.unit = p * self.hparam("spatial_merge_size", 2)  # windows hold whole groups of patches
+        self.window = self.hparam("window_size", 112) // self.unit * self.unit // p
         self.full = self.config.get("fullatt_block_indexes", [7, 15, 23, 31])
         if self.window < 1 or not isinstance(self.full, list):
             raise self.fault("window_size or fullatt_block_indexes is none")
         facts = {"patch_size": p, "temporal_patch_size": self.pair, "hidden_size": self.dim}
-        self.check(self.encode, self.frames, 3, self.unit, self.unit, **facts)
+        self.check(self.encode, self.stride, 3, self.unit, self.unit, **facts)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.tensor(f"{name}.weight"), 1e-6)
 
     def encode(self, x: Tensor) -> Tensor:
         """Map frames (N, 3, H, W) to tokens (N / frames, h, w, D)."""
-        x = x.unflatten(0, (-1, self.frames)).transpose(1, 2).expand(-1, -1, self.pair, -1, -1)
+        x = x.unflatten(0, (-1, self.stride)).transpose(1, 2).expand(-1, -1, self.pair, -1, -1)
         x = self.patches(x, "patch_embed.proj", bias=False).squeeze(1)
         h, w, D = x.shape[1:]
         row, column = (torch.arange(size, device=x.device) for size in (h, w))
-        turn = turns(row.float(), column.float(), pairs=D // self.heads // 2)
+        rope = axial_rope(row.float(), column.float(), pairs=D // self.heads // 2)
         window = (row[:, None] // self.window * w + column // self.window).flatten()
         same, x = window[:, None] == window, x.flatten(1, 2)
         for i in range(self.depth):
-            x = self.block(x, i, turn, None if i in self.full else same)
+            x = self.block(x, i, rope, None if i in self.full else same)
         return self.norm(x, "merger.ln_q").unflatten(1, (h, w))
 
 
@@ -522,9 +522,9 @@ class ViTDecoder(Transformer):
 
     def build(self) -> None:
         self.dim, self.in_dim = self.tensor("decoder_embed.weight", -1, -1).shape
-        self.heads = self.number("decoder_num_attention_heads", 16, self.dim)  # all released: 16
-        self.depth = self.count(self.blocks, "decoder_num_hidden_layers")
-        self.eps = self.number("layer_norm_eps", 1e-12)
+        self.heads = self.hparam("decoder_num_attention_heads", 16, self.dim)  # all released: 16
+        self.depth = self.n_layers(self.blocks, "decoder_num_hidden_layers")
+        self.eps = self.hparam("layer_norm_eps", 1e-12)
         self.places = self.tensor("decoder_pos_embed", 1, -1, self.dim).shape[1]
         self.h = math.isqrt(self.places - 1)
         self.patch = math.isqrt(self.tensor("decoder_pred.bias", -1).numel() // 3)
@@ -556,10 +556,10 @@ class KLAutoencoder(Network):
     """
 
     def build(self) -> None:
-        self.groups = self.number("norm_num_groups", 32)  # the dry run finds what does not divide
+        self.groups = self.hparam("norm_num_groups", 32)  # the dry run finds what does not divide
         self.dim = self.tensor("decoder.conv_in.weight", -1, -1, 3, 3).shape[1]
-        self.levels = self.count("encoder.down.")
-        self.blocks = self.count("encoder.down.*.block.", "layers_per_block")
+        self.levels = self.n_layers("encoder.down.")
+        self.blocks = self.n_layers("encoder.down.*.block.", "layers_per_block")
         self.quant, self.unit = self.config.get("use_quant_conv", self.ldm), 2 ** (self.levels - 1)
         run, side = lambda x: self.decode(self.encode(x)), 2 * self.unit
         self.check(run, 1, 3, side, side, latent_channels=self.dim)
@@ -651,15 +651,15 @@ class Cosmos(Network):
     @torch.no_grad()
     def build(self) -> None:
         self.archives, self.jits = (self.where, self.config["decoder"]), {}
-        with data.reading(self.where, "fetch it again", RuntimeError, *data.DAMAGED):
+        with data.reading(self.where, "fetch it again", RuntimeError, *data.PARSE_ERRORS):
             z = self.encode(torch.zeros(1, 3, 64, 64))
             _, h, _, self.dim = z.shape
-        with data.reading(self.archives[1], "fetch it again", RuntimeError, *data.DAMAGED):
+        with data.reading(self.archives[1], "fetch it again", RuntimeError, *data.PARSE_ERRORS):
             if self.decode(z).ndim != 4:
                 raise ValueError("does not give images")
         self.unit = 64 // h
 
-    def run(self, i: int, x: Tensor) -> Tensor:
+    def call_jit(self, i: int, x: Tensor) -> Tensor:
         """Run encoder (0) or decoder (1), loaded for x's device: constants of a trace stay put."""
         if (i, x.device) not in self.jits:
             data.check_zip(self.archives[i])
@@ -671,10 +671,10 @@ class Cosmos(Network):
         return out[0] if isinstance(out, tuple) else out
 
     def encode(self, x: Tensor) -> Tensor:
-        return self.run(0, x).movedim(1, -1)
+        return self.call_jit(0, x).movedim(1, -1)
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.run(1, z.movedim(-1, 1))
+        return self.call_jit(1, z.movedim(-1, 1))
 
 
 NETWORKS = {"pixels": Patches, "vae": KLAutoencoder, "vavae": VAVAE, "cosmos": Cosmos, "rae": RAE}
@@ -682,11 +682,11 @@ NETWORKS |= {"scale_rae_siglip": SigLIP, "scale_rae_webssl": DINO, "vjepa2": VJE
 NETWORKS["qwen"] = QwenTower
 
 
-def load(cls: type, name: str) -> Network:
+def build_network(cls: type, name: str) -> Network:
     """Find, read and build a network: its tensors, from the shards needed, and its config.json."""
-    path, state = find(name, *cls.files), {}
+    path, state = find_file(name, *cls.files), {}
     if cls is Cosmos:
-        return Cosmos(path, {}, {"decoder": beside(path, name, "decoder.jit")})
+        return Cosmos(path, {}, {"decoder": find_companion(path, name, "decoder.jit")})
     shards, config = [path.name], path.parent / "config.json"
     if path.suffix == ".json":
         table = read_json(path, "weight_map")
@@ -694,12 +694,12 @@ def load(cls: type, name: str) -> Network:
         if not all(re.fullmatch(r"\w[\w.-]*", shard) for shard in shards):
             raise InputError(f"{path}: weight_map holds more than names of files; fetch it again")
     for shard in shards:
-        state |= read_tensors(beside(path, name, shard), cls.keep)
+        state |= read_tensors(find_companion(path, name, shard), cls.keep)
     here, hub = cls.needs_config
     hub = hub and not name.startswith("nyu-visionx/")  # all of 16 heads; RAE's lacks one
     needed = here if Path(name).expanduser().exists() else hub
     if needed:
-        config = beside(path, name, "config.json")
+        config = find_companion(path, name, "config.json")
     return cls(path, state, read_json(config, "vision_config") if config.is_file() else {})
 
 
@@ -720,25 +720,25 @@ class BaseAutoencoder(nn.Module):
         if kind == "pixels":
             network = Patches(Path(), {}, {"patch_size": config.patch_size})
         else:
-            network = load(NETWORKS[kind], config.weights or RELEASES[kind])
-        network.frames = 1 if config.qwen_mode == "image" else network.frames
-        network.last = network.last if config.final_norm else "none"
+            network = build_network(NETWORKS[kind], config.weights or RELEASES[kind])
+        network.stride = 1 if config.qwen_mode == "image" else network.stride
+        network.end_norm = network.end_norm if config.final_norm else "none"
         self.config, self.network, self.decoder = config, network, None
-        self.latent_dim, self.temporal_stride = network.dim, network.frames
+        self.latent_dim, self.temporal_stride = network.dim, network.stride
         self.image_size = config.image_size or network.size
-        release = kind in DECODERS and network.dim == int(ROWS[kind][1].split("x")[2])
+        release = kind in DECODERS and network.dim == int(ENCODERS[kind][1].split("x")[2])
         self.has_decoder = hasattr(network, "decode") or bool(config.decoder_weights) or release
         if config.decoder_weights:  # the release's is fetched when it is needed
             self.load_decoder()
         stats = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)  # mean, std of the latents
         if kind == "vae":  # z = (mean - shift) scale
-            stats[0] = network.number("shift_factor", 0.0609) if config.sd3_shift else 0
-            stats[1] = 1 / network.number("scaling_factor", 1.5305)
+            stats[0] = network.hparam("shift_factor", 0.0609) if config.sd3_shift else 0
+            stats[1] = 1 / network.hparam("scaling_factor", 1.5305)
         if config.latent_stats or config.standardize:
             files, home = ("latents_stats.pt", "stat.pt"), network.where.parent
             own = [home / file for file in files if (home / file).is_file()]
-            name = config.latent_stats or [*own, STATISTICS[kind]][0]
-            stats = read_stats(find(name, *files), network.dim)
+            name = config.latent_stats or [*own, LATENT_STATS[kind]][0]
+            stats = read_stats(find_file(name, *files), network.dim)
         self.stats = nn.Buffer(stats, persistent=False)
         self.mean_std = nn.Buffer(torch.tensor(network.mean_std).view(2, 3, 1, 1), persistent=False)
         facts = [kind, network.dim, self.image_size, config.qwen_mode, config.final_norm]
@@ -749,7 +749,7 @@ class BaseAutoencoder(nn.Module):
         self.fingerprint = f"{kind}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
         self.eval()  # there is nothing to train: not one parameter, and no layer with two modes
 
-    def run(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def run_in_chunks(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply a network in chunks and in its own dtype, whatever the caller's autocast says."""
         device = self.stats.device
         dtype = self.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -762,12 +762,12 @@ class BaseAutoencoder(nn.Module):
     def load_decoder(self) -> None:
         """Load the decoder of RAE or Scale-RAE."""
         name = self.config.decoder_weights or DECODERS[self.config.encoder_type]
-        self.decoder = load(ViTDecoder, name)
+        self.decoder = build_network(ViTDecoder, name)
         if self.decoder.in_dim != self.latent_dim:
             what = f"it decodes {self.decoder.in_dim} channels, not {self.latent_dim}"
             raise self.decoder.fault(what)
 
-    def latents(self, frames: Tensor) -> Tensor:
+    def encode_chunk(self, frames: Tensor) -> Tensor:
         """Resize and normalise frames (N, H, W, 3), encode and standardise them."""
         x = data.to_floats(frames.movedim(-1, 1))
         size = (self.image_size or x.shape[2], self.image_size or x.shape[3])
@@ -780,8 +780,8 @@ class BaseAutoencoder(nn.Module):
             raise InputError(f"latents are {shapes}; change image_size or latent_stats")
         return (z - self.stats[0]) / self.stats[1]
 
-    def images(self, z: Tensor) -> Tensor:
-        """Undo `latents`: (N, h, w, C) to frames (N, H, W, 3)."""
+    def decode_chunk(self, z: Tensor) -> Tensor:
+        """Undo `encode_chunk`: (N, h, w, C) to frames (N, H, W, 3)."""
         decode = (self.decoder or self.network).decode
         x = decode(z.float() * self.stats[1] + self.stats[0])
         return (x.float() * self.mean_std[1] + self.mean_std[0]).clamp(0, 1).movedim(1, -1)
@@ -811,7 +811,7 @@ class BaseAutoencoder(nn.Module):
         self.check_frames(frames := torch.as_tensor(frames))
         if missing := -frames.shape[-4] % self.temporal_stride:  # repeat the last frame
             frames = torch.cat([frames, *[frames[..., -1:, :, :, :]] * missing], dim=-4)
-        z = self.run(self.latents, frames.flatten(0, -4))
+        z = self.run_in_chunks(self.encode_chunk, frames.flatten(0, -4))
         return z.unflatten(0, (*frames.shape[:-4], -1))
 
     def decode(self, z: Tensor) -> Tensor:
@@ -831,7 +831,7 @@ class BaseAutoencoder(nn.Module):
             raise InputError(f"latents are {tuple(z.shape)}; {kind} decodes {shape}")
         if kind in DECODERS and self.decoder is None:
             self.load_decoder()
-        return self.run(self.images, z.flatten(0, -4)).unflatten(0, z.shape[:-3])
+        return self.run_in_chunks(self.decode_chunk, z.flatten(0, -4)).unflatten(0, z.shape[:-3])
 
 
 def create_autoencoder(config: EncoderConfig) -> BaseAutoencoder:
@@ -854,7 +854,7 @@ def main() -> None:
         print(f"{head}found")
         for row, (kind, name) in zip(rows, RELEASES.items(), strict=True):
             try:
-                found = kind == "pixels" or find(name, *NETWORKS[kind].files, download=False)
+                found = kind == "pixels" or find_file(name, *NETWORKS[kind].files, download=False)
             except MissingFileError:
                 found = False
             print(f"{row}{'yes' if found else 'no'}")

@@ -71,17 +71,17 @@ AXES = {  # rows that --compare sets side by side
     "Semantics": r"probe_\w+_balanced_accuracy|success_rate",
     "Simulator": r"(counterfactual|objects)_\w+",
 }
-TORCH, HUB = "https://download.pytorch.org/models/", "https://huggingface.co/"
+TORCH_URL, HF_URL = "https://download.pytorch.org/models/", "https://huggingface.co/"
 FID_RELEASE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 WEIGHTS = {  # metric: where its weights can be fetched; a file keeps its name
-    "lpips": TORCH + "alexnet-owt-7be5be79.pth",
-    "t_lpips": TORCH + "raft_large_C_T_SKHT_V2-ff5fadd5.pth",
+    "lpips": TORCH_URL + "alexnet-owt-7be5be79.pth",
+    "t_lpips": TORCH_URL + "raft_large_C_T_SKHT_V2-ff5fadd5.pth",
     "fid": FID_RELEASE + "pt_inception-2015-12-05-6726825d.pth",
-    "fid_tv": TORCH + "inception_v3_google-0cc3c7bd.pth",
+    "fid_tv": TORCH_URL + "inception_v3_google-0cc3c7bd.pth",
     "fvd": "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt",
-    "fvd_r3d": TORCH + "r3d_18-b3b3357e.pth",
+    "fvd_r3d": TORCH_URL + "r3d_18-b3b3357e.pth",
     "pck": "https://github.com/facebookresearch/co-tracker",
-    "text": HUB + "google/siglip2-so400m-patch14-224",
+    "text": HF_URL + "google/siglip2-so400m-patch14-224",
 }
 PRESETS = {  # released models DiT-{S,B,L}_NAME: encoder, hub folder
     "VAE": ("vae", "vae"),
@@ -94,10 +94,10 @@ PRESETS = {  # released models DiT-{S,B,L}_NAME: encoder, hub folder
 RELEASED = {"image_size": 256, "stride": 2, "num_history": 2, "action_merge": "drop", "fps": 5}
 RELEASED["action_mapping"] = "bridge"
 PACKAGES = "torch torchvision numpy scipy transformers safetensors lpips pillow"
-OWN = {"policy": "policy", "probe": "text_weights", "fvd": "i3d_path", "pck": "cotracker"}
-PAUSE = 30  # seconds at least from one note of unfinished metrics on disk to the next
+METRIC_FLAG = {"policy": "policy", "probe": "text_weights", "fvd": "i3d_path", "pck": "cotracker"}
+NOTE_SECONDS = 30  # seconds at least from one note of unfinished metrics on disk to the next
 BANK = 4 << 30  # bytes of features, at most, that the inverse-dynamics probe learns from
-PROBES = {"linear": 0, "temporal": 1, "spatiotemporal": 2, "progress": 1, "text": 6, "idm": 6}
+DEPTHS = {"linear": 0, "temporal": 1, "spatiotemporal": 2, "progress": 1, "text": 6, "idm": 6}
 
 
 @dataclasses.dataclass
@@ -374,7 +374,7 @@ def load_inception(metric: str, folder: str | Path, device: Device) -> Callable[
     return features
 
 
-def load_video(metric: str, i3d: str | None, folder: str | Path, device: Device) -> Callable:
+def load_fvd(metric: str, i3d: str | None, folder: str | Path, device: Device) -> Callable:
     """Build an FVD network: clips (B, T, H, W, 3), the last frame repeated up to 16 -> features.
 
     `fvd`: the field's I3D as TorchScript, whose code is run. `fvd_r3d`: the paper's, torchvision's
@@ -461,7 +461,7 @@ def load_cotracker(source: str | None, device: Device) -> Callable[[Tensor, Tens
     try:
         net = torch.hub.load(place[0], "cotracker3_offline", source=place[1], trust_repo=True)
     except OSError as error:  # no network: its code or its weights cannot be fetched
-        url = HUB + "facebook/cotracker3/resolve/main/scaled_offline.pth"
+        url = HF_URL + "facebook/cotracker3/resolve/main/scaled_offline.pth"
         cache = Path(torch.hub.get_dir()) / "checkpoints" / "scaled_offline.pth"
         raise Unavailable(f"pck: CoTracker cannot be opened ({error})", url, cache) from error
     net = net.to(device).eval()
@@ -561,12 +561,12 @@ class Probe(nn.Module):
         if kind == "text":
             reader = nn.Linear(text_dim, width), nn.RMSNorm(width), nn.Dropout(0.1)
             self.read = nn.Sequential(*reader)
-            self.blocks = nn.ModuleList(FactoredBlock(width) for _ in range(PROBES[kind]))
-        elif PROBES[kind]:
+            self.blocks = nn.ModuleList(FactoredBlock(width) for _ in range(DEPTHS[kind]))
+        elif DEPTHS[kind]:
             options = {"activation": "gelu", "batch_first": True, "norm_first": True}
             layer = nn.TransformerEncoderLayer(width, heads(width), 4 * width, 0.1, **options)
             layer.self_attn.dropout = 0.0  # on attention weights it would cost ten times the time
-            self.blocks = nn.TransformerEncoder(layer, PROBES[kind], enable_nested_tensor=False)
+            self.blocks = nn.TransformerEncoder(layer, DEPTHS[kind], enable_nested_tensor=False)
         deep = [nn.Linear(width, width), nn.GELU(), nn.Linear(width, 7)] if self.k else []
         self.head = nn.Sequential(nn.LayerNorm(width), *(deep or [nn.Linear(width, 1)]))
 
@@ -582,7 +582,7 @@ class Probe(nn.Module):
             text = self.read(text)
             for block in self.blocks:
                 x = block(x, text)
-        elif PROBES[self.kind]:
+        elif DEPTHS[self.kind]:
             x = torch.cat([self.queries.expand(len(z), -1, -1), x.flatten(1, 2)], 1)
             x = self.blocks(x)  # (B, k + T N, width)
             x = x[:, : self.k] if self.k else x.unflatten(1, z.shape[1:3])
@@ -602,7 +602,7 @@ class Probe(nn.Module):
         return F.binary_cross_entropy_with_logits(self.judge(z, text), y)
 
 
-def fit(
+def train_probe(
     net: Probe, read: Callable, y: Tensor, held: np.ndarray, steps: int, lr: float
 ) -> tuple[float, float]:
     """Train on the samples that are not held out; keep the best of ten states, give its score.
@@ -648,7 +648,7 @@ def fit(
     return score
 
 
-def load_text(path: str | None, device: Device) -> Callable[[Sequence[str]], Tensor]:
+def load_text_encoder(path: str | None, device: Device) -> Callable[[Sequence[str]], Tensor]:
     """Open SigLIP 2's text tower from a local folder: B sentences -> tokens (B, 64, E)."""
     if path is None or not Path(path).is_dir():
         reason = "the text-conditioned probe needs SigLIP 2: name its folder with --text_weights"
@@ -728,12 +728,12 @@ def draw_tables(path: Path, tables: list[list[list[str]]]) -> None:
 # Results: rows of numbers, what they say in words, and the file they are kept in.
 
 
-def plain(x: Any) -> Any:
+def to_json(x: Any) -> Any:
     """Turn results into JSON values: lists for tensors, None for NaN."""
     return json.loads(json.dumps(x, default=lambda x: x.tolist()), parse_constant=lambda _: None)
 
 
-def show(x: float | None) -> str:
+def fmt(x: float | None) -> str:
     return "-" if x is None else f"{x:.4g}"
 
 
@@ -773,25 +773,25 @@ def make_row(name: str, statistic: str, kinds: dict[str, Tensor]) -> dict:
     return row
 
 
-def in_table(name: str, row: dict) -> str:
+def format_row(name: str, row: dict) -> str:
     """Write a result as a line: direction, value, interval, N and what stands beside it."""
     if row["value"] is None:
         place = f"\n{'':38} fetch {row['url']}\n{'':38} to {row['path']}" if row.get("url") else ""
         return f"{name:38} null: {row.get('reason') or 'no clip has a value'}{place}"
-    interval = "[{}, {}]".format(*map(show, row["ci"])) if row["ci"] else ""
-    beside = [f"{kind} {show(x)}" for kind, x in row.get("beside", {}).items()]
-    line = f"{name:38} {row['better']:6} {show(row['value']):>8} {interval:19} {row['n']:5}"
+    interval = "[{}, {}]".format(*map(fmt, row["ci"])) if row["ci"] else ""
+    beside = [f"{kind} {fmt(x)}" for kind, x in row.get("beside", {}).items()]
+    line = f"{name:38} {row['better']:6} {fmt(row['value']):>8} {interval:19} {row['n']:5}"
     return "  ".join([line, *beside, row.get("note", "")])
 
 
-def in_words(metrics: dict[str, dict]) -> Iterator[str]:
+def conclusions(metrics: dict[str, dict]) -> Iterator[str]:
     """Say whether the model listens to its actions and whether it is better than a copy."""
     seen = ", as far as these clips can tell"
     for name, row in metrics.items():
         if row.get("n") == 1:  # nothing is sure
             continue
-        sign, value = (1 if row.get("better") == "higher" else -1), show(row["value"])
-        beside = {kind: show(x) for kind, x in row.get("beside", {}).items()}
+        sign, value = (1 if row.get("better") == "higher" else -1), fmt(row["value"])
+        beside = {kind: fmt(x) for kind, x in row.get("beside", {}).items()}
         gaps = {kind: ci or [0] for kind, (_, ci) in row.get("minus", {}).items()}
         above = {kind: min(sign * x for x in ci) > 0 for kind, ci in gaps.items()}  # surely better
         if name in ("psnr", "ssim", "lpips") and above:
@@ -809,7 +809,7 @@ def in_words(metrics: dict[str, dict]) -> Iterator[str]:
 
 def read_results(path: Path) -> dict:
     """Read a results.json: finished metrics, their rows, config and versions."""
-    with data.reading(path, "remove it and measure again", *data.DAMAGED):
+    with data.reading(path, "remove it and measure again", *data.PARSE_ERRORS):
         stored = json.loads(path.read_text())
         metrics = {name: {**row, "value": row["value"]} for name, row in stored["metrics"].items()}
         kinds = {"config": dict, "versions": dict, "finished": list}
@@ -829,33 +829,33 @@ class Results:
         config = {k: v for k, v in self.args.items() if k not in free.split()} | subject
         here = {str(d.name).lower(): d.version for d in importlib.metadata.distributions()}
         versions = {name: here[name] for name in PACKAGES.split() if name in here}
-        new = {"finished": [], "metrics": {}, "config": plain(config), "versions": versions}
+        new = {"finished": [], "metrics": {}, "config": to_json(config), "versions": versions}
         self.all = read_results(self.path) if self.path.is_file() else new
         if changed := [k for k, v in new["config"].items() if self.all["config"].get(k) != v]:
             other = f"was measured with other {', '.join(changed)}"
             raise InputError(f"{self.path}: {other}; give another --output_dir, or remove the file")
-        proc.meet()  # nobody writes before everybody has read
+        proc.barrier()  # nobody writes before everybody has read
         if proc.rank == 0:
             names = self.path.name, "samples.gif", "horizon.png", "unfinished_*"
             for path in itertools.chain(*(folder.glob(f".{name}.*.tmp") for name in names)):
                 path.unlink(missing_ok=True)  # of a run that was killed
 
-    def begin(self, name: str) -> None:
+    def resume_metric(self, name: str) -> None:
         """Start on a metric, without samples or behind those that a killed run has noted."""
         self.samples, self.done, self.noted = defaultdict(dict), {}, time.monotonic()
         free = "metrics strict output_dir device".split()
         what = [name, *self.proc[:2], self.all["config"], self.all["versions"]]
         what += [(key, value) for key, value in self.args.items() if key not in free]
         what = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-        self.note = self.path.with_name(f"unfinished_{name.replace(' ', '-')}_{what}.pt")
-        if self.note.is_file():
+        self.note_path = self.path.with_name(f"unfinished_{name.replace(' ', '-')}_{what}.pt")
+        if self.note_path.is_file():
             try:
-                done, samples = data.load_torch(self.note)
+                done, samples = data.load_torch(self.note_path)
                 self.done, self.samples = dict(done), defaultdict(dict, samples)
             except (InputError, TypeError, ValueError) as error:
                 print(f"warning: {error}; {name} begins anew")
 
-    def share(self, items: Sequence, label: str) -> Iterator:
+    def shard(self, items: Sequence, label: str) -> Iterator:
         """Walk through this process's share of the items that are not done; note what is."""
         rank, world = self.proc[:2]
         items, done = items[rank::world], self.done.get(label, 0)
@@ -864,19 +864,19 @@ class Results:
         for item in tqdm(items[done:], label, disable=rank > 0 or None, leave=False):
             yield item
             self.done[label] = done = done + 1
-            if time.monotonic() > self.noted + PAUSE:
+            if time.monotonic() > self.noted + NOTE_SECONDS:
                 state = self.done, dict(self.samples)
                 try:
-                    data.write_atomic(self.note, lambda path, x=state: torch.save(x, path))
+                    data.write_atomic(self.note_path, lambda path, x=state: torch.save(x, path))
                 except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
-                    print(f"warning: {self.note} not written ({error}); the work goes on")
+                    print(f"warning: {self.note_path} not written ({error}); the work goes on")
                 self.noted = time.monotonic()
 
     def rows(self) -> dict[str, dict]:
         """Make results of everybody's samples."""
         mine = {key: {i: s.cpu() for i, s in clips.items()} for key, clips in self.samples.items()}
         joined, out = defaultdict(lambda: defaultdict(dict)), {}
-        for part in self.proc.gather(mine):
+        for part in self.proc.all_gather(mine):
             for (statistic, name, kind), clips in part.items():
                 joined[statistic, name][kind] |= clips
         for (statistic, name), kinds in joined.items():
@@ -886,18 +886,18 @@ class Results:
 
     def label(self, name: str) -> str:
         """Name a metric as it counts as finished: with the function or file that it was given."""
-        given = self.args.get(OWN.get(name))
+        given = self.args.get(METRIC_FLAG.get(name))
         return f"{name} by {given}" if given else name
 
     def report(self, rows: dict[str, dict], finished: Sequence[str] = ()) -> None:
         """Print rows of the table and put them on disk."""
         others = [x for x in self.all["finished"] if x.partition(" by ")[0] not in finished]
         self.all["finished"] = others + [*map(self.label, finished)]
-        self.all["metrics"] |= (rows := plain(rows))
+        self.all["metrics"] |= (rows := to_json(rows))
         if self.proc.rank == 0:
             data.write_atomic(self.path, json.dumps(self.all, indent=1).encode())
             for item in rows.items():
-                print(in_table(*item))
+                print(format_row(*item))
         if finished:  # and what was noted with other flags
             for path in self.path.parent.glob(f"unfinished_{'-'.join(finished)}_{'?' * 16}.pt"):
                 path.unlink(missing_ok=True)
@@ -928,7 +928,7 @@ def open_model(args: Args, device: Device) -> WorldModel:
     paths[0] = Path(args.checkpoint_path or paths[0])
     for path, file in zip(paths, files, strict=True):
         if not path.is_file():
-            url = f"{HUB}Nilaksh404/semantic-wm/resolve/main/{folder}/{file}"
+            url = f"{HF_URL}Nilaksh404/semantic-wm/resolve/main/{folder}/{file}"
             raise Unavailable(f"{args.model_preset}: {path} does not exist", url, path)
     space = build_latent_space(EncoderConfig(kind, args.encoder_weights), *map(str, paths[1:]))
     objective = args.objective or "flow_matching"
@@ -971,10 +971,10 @@ class Evaluation:
         if clips.action_mapping != stored["action_mapping"]:
             mapped = f"actions are mapped as {clips.action_mapping!r}, in training they were"
             raise InputError(f"{where}: {mapped} {stored['action_mapping']!r}; convert them so")
-        self.infos = [clips.info(i) for i in data.spread(len(clips), args.num_episodes)]
-        self.windows = data.spread(len(self.infos), args.windows)
+        self.infos = [clips.info(i) for i in data.even_indices(len(clips), args.num_episodes)]
+        self.windows = data.even_indices(len(self.infos), args.windows)
         self.cem = {"population": args.population, "elites": args.population // 8}
-        self.actions = torch.cat([self.recorded(info) for info in self.infos])  # (N, T, A)
+        self.actions = torch.cat([self.load_actions(info) for info in self.infos])  # (N, T, A)
         moved = self.actions.flatten(0, 1).std(0)
         self.dims = [d for d in SEARCHED if moved[d] > 0]  # the others never change
         if not self.dims:
@@ -1011,13 +1011,13 @@ class Evaluation:
         except InputError as error:
             raise Unavailable(str(error)) from error
 
-    def recorded(self, info: dict) -> Tensor:
+    def load_actions(self, info: dict) -> Tensor:
         """Read the actions (1, T, A) of a clip."""
         actions = data.Episode(info["path"]).actions
         actions = data.merge_actions(actions, info["times"], self.config.action_merge)
         return torch.from_numpy(actions)[None].to(self.device)
 
-    def filmed(self, info: dict, places: Any = slice(None)) -> Tensor:
+    def load_frames(self, info: dict, places: Any = slice(None)) -> Tensor:
         """Read the frames (1, [V,] T, H, W, 3) of a clip, or those at some places in it."""
         episode, times = data.Episode(info["path"]), info["times"][places]
         x = data.to_floats(episode.frames(times, self.config.views, self.config.image_size))
@@ -1029,11 +1029,11 @@ class Evaluation:
         A lone clip's own stand for these, reversed in time.
         """
         (N, n), B = (len(self.infos), self.n), self.args.batch_size
-        shifted = self.actions.roll(-(N // 2), 0) if N > 1 else self.actions.flip(1)
-        shifted[:, : n - 1] = self.actions[:, : n - 1]  # the past stays as it was
-        for clips in self.out.share([[*range(N)[i : i + B]] for i in range(0, N, B)], label):
-            frames = torch.cat([self.filmed(self.infos[i]) for i in clips])
-            yield clips, frames, self.actions[clips], shifted[clips]
+        other = self.actions.roll(-(N // 2), 0) if N > 1 else self.actions.flip(1)
+        other[:, : n - 1] = self.actions[:, : n - 1]  # the past stays as it was
+        for clips in self.out.shard([[*range(N)[i : i + B]] for i in range(0, N, B)], label):
+            frames = torch.cat([self.load_frames(self.infos[i]) for i in clips])
+            yield clips, frames, self.actions[clips], other[clips]
 
     def dream(self, z: Tensor, actions: Tensor, seeds: Sequence[int]) -> Tensor:
         """Roll latents out from their first frames; the seed of a clip fixes its noise.
@@ -1059,7 +1059,7 @@ class Evaluation:
         """
         path = info["path"]
         if not (self.cache.latent_folder(path.parent) / path.name).exists():
-            return self.real_features(self.filmed(info, places))
+            return self.real_features(self.load_frames(info, places))
         x = self.cache.read_latents(data.Episode(path), info["times"][places]).to(self.device)
         return merge_views(x[None]) if len(x) > 1 else x
 
@@ -1069,16 +1069,16 @@ class Evaluation:
         x = self.space.adapter.decode(x).float() if self.space.adapter else x
         return merge_views(x) if self.space.num_views > 1 else x
 
-    def encode_all(self, infos: Sequence[dict], look: Callable, label: str) -> Tensor:
-        """Give the features (N, ...) of all clips, look(info) (1, ...) of each, in half precision.
+    def encode_all(self, infos: Sequence[dict], encode: Callable, label: str) -> Tensor:
+        """Give the features (N, ...) of clips, encode(info) (1, ...) of each, in half precision.
 
         Every process encodes its share and gets all, in main memory.
         """
-        (rank, world), first = self.out.proc[:2], look(infos[0])[0]
+        (rank, world), first = self.out.proc[:2], encode(infos[0])[0]
         x = torch.zeros(len(infos), *first.shape, dtype=torch.half)
         for j in tqdm(range(rank, len(infos), world), label, disable=rank > 0 or None, leave=False):
-            x[j] = look(infos[j])[0]
-        return self.out.proc.total(x).cpu()
+            x[j] = encode(infos[j])[0]
+        return self.out.proc.all_reduce(x).cpu()
 
     # -- pixels
 
@@ -1088,10 +1088,11 @@ class Evaluation:
         """Give the real clips and four to hold against them, views as clips: (B V, T, H, W, 3)."""
         space, n, z = self.space, self.n, self.space.encode(real)
         dreams = (self.dream(z, beside, clips) for beside in (actions, other))
-        new, deaf = (space.decode_new(x, n // space.temporal_stride).flatten(0, -5) for x in dreams)
+        known = n // space.temporal_stride
+        new, shuffled = (space.decode_new(x, known).flatten(0, -5) for x in dreams)
         ceiling, real = space.decode(z).flatten(0, -5), real.flatten(0, -5)
         known, still = real[:, :n], real[:, n - 1 : n].expand_as(new)
-        futures = {"model": new, "shuffled": deaf, "copy": still}
+        futures = {"model": new, "shuffled": shuffled, "copy": still}
         videos = {"real": real, "ceiling": ceiling}
         videos |= {kind: torch.cat([known, x], 1) for kind, x in futures.items()}
         for kind, video in videos.items():
@@ -1105,7 +1106,7 @@ class Evaluation:
         if not self.space.has_decoder:
             raise Unavailable(f"{name}: the model has no decoder; make one with train_adapter.py")
         if name in ("fvd", "fvd_r3d"):
-            features = load_video(name, args.i3d_path, *where)
+            features = load_fvd(name, args.i3d_path, *where)
             return lambda real, video: features(video)
         if name in ("fid", "fid_tv"):
             features = load_inception(name, *where)
@@ -1161,7 +1162,7 @@ class Evaluation:
         beside each stands the same search on random costs.
         """
         methods, searches, starts = self.args.searches.split(","), {}, ("", "_zero")
-        z = self.space.encode(self.filmed(self.infos[0]))[0]
+        z = self.space.encode(self.load_frames(self.infos[0]))[0]
         for k, method, start in itertools.product(self.horizons, methods, starts):
             row, dims = f"{method}_k{k}{start}", self.dims[: 3 if method == "grid" else None]
             how = method, k, start != "_zero", dims
@@ -1170,8 +1171,8 @@ class Evaluation:
                 searches[row] = how
         yield
         samples = self.out.samples
-        for i in self.out.share(self.windows, "search"):
-            z = self.space.encode(self.filmed(self.infos[i]))[0]
+        for i in self.out.shard(self.windows, "search"):
+            z = self.space.encode(self.load_frames(self.infos[i]))[0]
             for row, how in searches.items():
                 for kind, error in self.search(i, z, how).items():
                     samples["l2", row, kind][i] = error[:, how[-1]]
@@ -1239,17 +1240,17 @@ class Evaluation:
         cut       whether more clips were wanted
         """
 
-        def look(info: dict) -> Tensor:
+        def encode(info: dict) -> Tensor:
             return self.known_features(info).flatten(2, 3)
 
-        shape = look(clips.info(0)).shape[1:]
+        shape = encode(clips.info(0)).shape[1:]
         most = math.ceil(8 * self.args.max_steps / (shape[0] - max(self.horizons)))
         count = max(2, min(most, BANK // (2 * math.prod(shape))))
         keys = data.ClipSampler(clips, count).batch(0)
         infos = [clips.info(key) for key in keys]
-        actions = torch.cat([self.recorded(info)[..., :7] for info in infos])
+        actions = torch.cat([self.load_actions(info)[..., :7] for info in infos])
         _, episode = np.unique([i for _, i in keys], return_inverse=True)
-        bank = self.encode_all(infos, look, "training clips")
+        bank = self.encode_all(infos, encode, "training clips")
         return bank, actions, episode % 10 == 0, count < most
 
     def fit_idm(self, k: int, bank: Tensor, actions: Tensor, held: np.ndarray) -> Probe:
@@ -1263,7 +1264,7 @@ class Evaluation:
 
         torch.manual_seed(args.seed)
         net = Probe("idm", (k + 1, *bank.shape[2:]), args.probe_width).to(self.device)
-        fit(net, read, y, held.repeat(windows), args.max_steps, 0.15 / args.probe_width)
+        train_probe(net, read, y, held.repeat(windows), args.max_steps, 0.15 / args.probe_width)
         return net
 
     # -- semantics
@@ -1280,19 +1281,19 @@ class Evaluation:
         if min(won, len(infos) - won) < 2:
             found = f"{split!r} of {self.args.subset_names} has {won} and {len(infos) - won}"
             raise Unavailable(f"success probes need two labelled successes and failures; {found}")
-        infos = [infos[i] for i in data.spread(len(infos), count)]
+        infos = [infos[i] for i in data.even_indices(len(infos), count)]
         for info in infos:
             info["times"] = np.arange(0, info["length"], self.config.stride)
-            info["seen"] = data.probe_frames(len(info["times"]), 8, "uniform", 1)
+            info["seen"] = data.probe_times(len(info["times"]), 8, "uniform", 1)
         return infos
 
     @functools.cached_property
     def probe_kinds(self) -> list[str]:
         """Name the success probes that can be trained; the one that reads text needs an encoder."""
         self.labelled("train", 2), self.labelled(self.args.split, 2)
-        kinds = [kind for kind in PROBES if kind not in ("idm", "text")]
+        kinds = [kind for kind in DEPTHS if kind not in ("idm", "text")]
         with self.needing("probe_text"):
-            self.text = load_text(self.args.text_weights, self.device)
+            self.text = load_text_encoder(self.args.text_weights, self.device)
             kinds.append("text")
         return kinds
 
@@ -1302,47 +1303,48 @@ class Evaluation:
         return x.flatten(2).transpose(1, 2).unflatten(0, features.shape[:2])
 
     @functools.cached_property
-    def probes(self) -> dict[str, Probe]:
+    def trained_probes(self) -> dict[str, Probe]:
         """Train the success probes on real features; every fifth episode chooses the weights."""
         args, infos, probes = self.args, self.labelled("train", 2000), {}
         infos.sort(key=lambda info: info["success"])  # so that both parts have both classes
 
-        def look(info: dict) -> Tensor:
+        def encode(info: dict) -> Tensor:
             return self.pooled(self.known_features(info, info["seen"]))
 
-        x = self.encode_all(infos, look, "features").to(self.device)
+        x = self.encode_all(infos, encode, "features").to(self.device)
         y = torch.tensor([float(info["success"]) for info in infos], device=self.device)
         won = int(y.sum())
         held = np.r_[: len(x) - won, :won] % 5 == 0
         words = np.array([info["language"] for info in infos])
         steps = min(args.max_steps, 50 * math.ceil(len(x) / 32))
 
-        def read(p: np.ndarray, tell: Callable) -> tuple[Tensor, Tensor | None]:
-            return x[p], tell(words[p])
+        def read(p: np.ndarray, embed_text: Callable) -> tuple[Tensor, Tensor | None]:
+            return x[p], embed_text(words[p])
 
         for kind in self.probe_kinds:
             torch.manual_seed(args.seed)
-            tell = self.text if kind == "text" else lambda words: None
-            text_dim = tell(words[:1]).shape[-1] if kind == "text" else 1
+            embed_text = self.text if kind == "text" else lambda words: None
+            text_dim = embed_text(words[:1]).shape[-1] if kind == "text" else 1
             net = Probe(kind, x.shape[1:], args.probe_width * 3 // 4, text_dim).to(self.device)
-            score = fit(net, functools.partial(read, tell=tell), y, held, steps, 1e-3)
+            sample = functools.partial(read, embed_text=embed_text)
+            score = train_probe(net, sample, y, held, steps, 1e-3)
             probes[kind], net.score = net, score
         return probes
 
     def judge(self, kind: str, features: Tensor, sentence: str) -> Tensor:
         """Score clips of one instruction by a success probe: (B, 8, h, w, C) -> (B,)."""
         text = self.text([sentence] * len(features)) if kind == "text" else None
-        return self.probes[kind].judge(self.pooled(features), text)
+        return self.trained_probes[kind].judge(self.pooled(features), text)
 
     def probe(self) -> Iterator[dict]:
         """Judge real and dreamed test episodes by the probes that learned from real ones."""
         label = f"probe {' '.join(self.probe_kinds)}"
         yield
-        infos, probes = self.labelled(self.args.split, self.args.num_episodes), self.probes
-        for i, info in self.out.share([*enumerate(infos)], label):
-            z = self.space.encode(self.filmed(info, slice(self.n)))
-            z = self.dream(z, self.recorded(info), [i])[:, info["seen"]]
-            real = self.real_features(self.filmed(info, info["seen"]))
+        infos, probes = self.labelled(self.args.split, self.args.num_episodes), self.trained_probes
+        for i, info in self.out.shard([*enumerate(infos)], label):
+            z = self.space.encode(self.load_frames(info, slice(self.n)))
+            z = self.dream(z, self.load_actions(info), [i])[:, info["seen"]]
+            real = self.real_features(self.load_frames(info, info["seen"]))
             features = {"model": self.dreamed_features(z), "real": real}
             for kind, source in itertools.product(probes, features):
                 score = self.judge(kind, features[source], info["language"])[0].item()
@@ -1366,9 +1368,9 @@ class Evaluation:
         yield
         won = self.out.samples["share", "success_rate", "model"]
         infos = self.labelled(args.split, args.policy_starts)
-        best = max(self.probes, key=lambda kind: self.probes[kind].score)
-        for i, info in self.out.share([*enumerate(infos)], label):
-            known = self.filmed(info, slice(self.n))
+        best = max(self.trained_probes, key=lambda kind: self.trained_probes[kind].score)
+        for i, info in self.out.shard([*enumerate(infos)], label):
+            known = self.load_frames(info, slice(self.n))
             known = known.expand(args.policy_trials, *known.shape[1:])
             random = torch.Generator().manual_seed(args.seed + i)
 
@@ -1376,7 +1378,7 @@ class Evaluation:
                 return policy(frame, sentence)
 
             frames, _ = self.model.rollout_policy(act, known, args.policy_steps, random)
-            seen = data.probe_frames(frames.shape[-4], 8, "uniform", 1)
+            seen = data.probe_times(frames.shape[-4], 8, "uniform", 1)
             features = self.real_features(frames[..., seen, :, :, :])
             won[i] = (self.judge(best, features, info["language"]) > 0).double()
         row = self.out.rows()["success_rate"]
@@ -1392,7 +1394,7 @@ class Evaluation:
             raise Unavailable("needs episodes of the toy world: its simulator knows the truth")
         return data.toy_state_at(metadata, int(self.infos[i]["times"][t]))
 
-    def act_in(self, world: data.ToyWorld, actions: Tensor) -> Tensor:
+    def simulate(self, world: data.ToyWorld, actions: Tensor) -> Tensor:
         """Act in the simulator, in model units; give the frames ([V,] k, H, W, 3) after each."""
         config, film = self.config, []
         gain, _, turn, *_ = data.ACTION_MAPPINGS[self.model.clip_format["action_mapping"]]
@@ -1414,13 +1416,13 @@ class Evaluation:
         self.simulator(0, 0)
         yield
         n, samples, opposite = self.n, self.out.samples, [1, 0, 3, 2, 5, 4]
-        for i in self.out.share(self.windows, "counterfactual"):
-            frames, beside = self.filmed(self.infos[i]), self.actions[i].repeat(6, 1, 1)
+        for i in self.out.shard(self.windows, "counterfactual"):
+            frames, beside = self.load_frames(self.infos[i]), self.actions[i].repeat(6, 1, 1)
             beside[:, n:] = beside[:, n - 1 : n]
             way = torch.eye(6)[[0, 0, 1, 1, 2, 2], None].to(beside)
             beside[:, n - 1 :, :6] = 1.575 * way  # 45 mm a step
             beside[1::2, n - 1 :, :6] *= -1
-            true = [self.act_in(self.simulator(i, n - 1), a[n - 1 : -1]) for a in beside]
+            true = [self.simulate(self.simulator(i, n - 1), a[n - 1 : -1]) for a in beside]
             true, known = torch.stack(true), frames[..., n - 1 : n, :, :, :]
             z = self.space.encode(frames).expand(6, -1, -1, -1, -1)
             new = self.space.decode_new(self.dream(z, beside, [i] * 6), n)
@@ -1428,7 +1430,7 @@ class Evaluation:
                 error = (video - true).square().mean((-3, -2, -1)).sqrt()
                 samples["mean", "counterfactual_error", kind][i] = error.flatten(0, -2).mean(0)
             last = [(x if x.ndim == 5 else x[:, 0])[:, -1] for x in (new, true, known)]  # camera 0
-            moved, truth, start = (data.locate(x, "cyan") for x in last)
+            moved, truth, start = (data.centroid(x, "cyan") for x in last)
             side = truth - truth[opposite]
             side /= np.linalg.norm(side, axis=-1, keepdims=True)
             ways = [((x - start) * side).sum(-1).reshape(3, 2) for x in (moved, truth)]
@@ -1451,10 +1453,10 @@ class Evaluation:
                 worlds = [self.simulator(i, t) for t in range(n, self.config.num_frames)]
                 names = {"cyan": "marker"} | {c: c for c in worlds[0].names if c in data.COLOURS}
                 places = [[w.positions()[name] for w in worlds] for name in names.values()]
-                places = worlds[0].pixels(np.array(places), view, size)
+                places = worlds[0].project(np.array(places), view, size)
                 off = {}
                 for kind, video in videos.items():
-                    found = np.stack([data.locate(video[j, n:], colour) for colour in names])
+                    found = np.stack([data.centroid(video[j, n:], colour) for colour in names])
                     off[kind] = torch.from_numpy(np.linalg.norm(found - places, axis=-1))
                 seen = off["real"].isfinite()
                 for kind, x in off.items():
@@ -1473,22 +1475,22 @@ class Evaluation:
         self.simulator(0, 0)
         yield
         samples = self.out.samples
-        for i in self.out.share(self.windows, "goal"):
+        for i in self.out.shard(self.windows, "goal"):
             for k in self.horizons:
-                for kind, far in self.plan(i, k).items():
+                for kind, far in self.goal_distances(i, k).items():
                     samples["share", f"goal_k{k}", kind][i] = torch.tensor([float(far < 0.05)])
         yield self.out.rows()
 
-    def plan(self, i: int, k: int) -> dict[str, float]:
+    def goal_distances(self, i: int, k: int) -> dict[str, float]:
         """Act on k planned, random and no actions: the farthest that a thing ends from its goal."""
-        n, frames, actions = self.n, self.filmed(self.infos[i]), self.actions[i]
+        n, frames, actions = self.n, self.load_frames(self.infos[i]), self.actions[i]
         random = torch.Generator().manual_seed(self.args.seed + i)
 
         def end(plan: Tensor) -> tuple[Tensor, np.ndarray]:
             world = self.simulator(i, n - 1)
-            frame = self.act_in(world, plan).select(-4, -1)
+            frame = self.simulate(world, plan).select(-4, -1)
             places = np.stack([*world.positions().values()])
-            return frame, np.stack([world.pixels(places, v, 1) for v in self.config.views])
+            return frame, np.stack([world.project(places, v, 1) for v in self.config.views])
 
         recorded, still, chance = actions[n - 1 : n - 1 + k].repeat(3, 1, 1)
         still[:, :6], chance[:, :7] = 0, 3.5 * torch.rand(k, 7, generator=random) - 1.75
@@ -1505,7 +1507,7 @@ class Evaluation:
         found, wanted, nets, groups = self.out.all["metrics"], self.args.metrics.split(","), {}, []
         if self.out.proc.rank == 0:
             for item in found.items():
-                print(in_table(*item))
+                print(format_row(*item))
         done = self.out.all["finished"]
         done = {*done, *(x.partition(" by ")[0] for x in done)}  # a flag left out changes nothing
         for name in [x for x in METRICS if x in wanted and self.out.label(x) not in done]:
@@ -1521,11 +1523,11 @@ class Evaluation:
         if nets:
             groups.insert(0, ([*nets], self.pixels(nets)))
         for names, work in groups:
-            self.out.begin(" ".join(names))
+            self.out.resume_metric(" ".join(names))
             self.out.report(next(work), names)
         if self.out.proc.rank == 0:
             draw_curves(self.folder / "horizon.png", found)
-            print(*in_words(found), sep="\n")
+            print(*conclusions(found), sep="\n")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1554,7 +1556,7 @@ def tabulate(axis: str, names: list[str], runs: dict[str, dict]) -> list[list[st
     table = [[axis, *(f"{name} {'up' if up else 'down'}" for name, up in pairs), "Borda"]]
     for run, row in zip(runs, values, strict=True):
         bold = np.where(row == best, "**", "")
-        table.append([run, *(f"{b}{show(x)}{b}" for b, x in zip(bold, row, strict=True))])
+        table.append([run, *(f"{b}{fmt(x)}{b}" for b, x in zip(bold, row, strict=True))])
     for run, rows in others:
         gaps = [paired(rows[name], base[name]) for name in names]
         table.append([f"{run} minus {first}", *gaps, ""])
@@ -1599,7 +1601,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     proc = data.init_processes(args.device)
     Evaluation(args, proc).run()
-    proc.leave()
+    proc.cleanup()
 
 
 if __name__ == "__main__":

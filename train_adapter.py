@@ -39,7 +39,7 @@ from torch.utils.data import StackDataset, default_collate
 
 import data
 from adapter import AdapterConfig, PixelDecoder, PixelDecoderConfig, create_adapter, save_adapter
-from data import Clip, EpisodeDataset, InputError, Processes, Run, begin, choose_clips, psnr, wrap
+from data import Clip, EpisodeDataset, InputError, Processes, Run, prepare_data, psnr, setup, wrap
 from diffusion import draw
 from encoders import BaseAutoencoder, EncoderConfig, create_autoencoder
 
@@ -239,12 +239,12 @@ class Critic(nn.Module):
             conv(256, 1),
         )
 
-    def judge(self, frames: Tensor) -> Tensor:
+    def logits(self, frames: Tensor) -> Tensor:
         return self.body(2 * frames.flatten(0, -4).movedim(-1, 1) - 1)
 
-    def forward(self, real: Tensor, painted: Tensor) -> Tensor:
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
         """Return the hinge loss [Lim and Ye 2017]."""
-        return 0.5 * (F.relu(1 - self.judge(real)).mean() + F.relu(1 + self.judge(painted)).mean())
+        return 0.5 * (F.relu(1 - self.logits(real)).mean() + F.relu(1 + self.logits(fake)).mean())
 
 
 class Autoencoder(nn.Module):
@@ -258,13 +258,13 @@ class Autoencoder(nn.Module):
         """Return z', mean, logvar (if any) and, with a pixel decoder, painted frames."""
         mean, logvar = (x if x is None else x.float() for x in self.adapter.posterior(z))
         u = self.adapter.refine(mean if logvar is None else mean + torch.exp(0.5 * logvar) * eps)
-        z_rec, painted = self.adapter.decode(u).float(), None
+        z_rec, decoded = self.adapter.decode(u).float(), None
         if self.pixel_decoder is not None:
-            painted = self.pixel_decoder(u if self.joint else u.detach()).float()
-        return z_rec, mean, logvar, painted
+            decoded = self.pixel_decoder(u if self.joint else u.detach()).float()
+        return z_rec, mean, logvar, decoded
 
 
-def compare(
+def loss_terms(
     out: tuple,
     z: Tensor,
     frames: Tensor | None,
@@ -273,26 +273,26 @@ def compare(
     lpips: nn.Module | None = None,
 ) -> dict[str, tuple]:
     """Compare reconstructed features and painted frames with true ones: {name: (weight, value)}."""
-    z_rec, mean, logvar, painted = out
+    z_rec, mean, logvar, decoded = out
     terms = {"mse": (1.0, F.mse_loss(z_rec, z))}
     terms["cosine"] = (args.cosine_weight, 1 - F.cosine_similarity(z_rec, z, dim=-1).mean())
     a, b = (torch.fft.rfft(x.flatten(-3, -2), dim=-2).abs() for x in (z_rec, z))
     terms["spectral"] = (args.spectral_weight, F.l1_loss(a, b))
     if logvar is not None:
         terms["kl"] = (kl_weight, 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean())
-    if painted is None:
+    if decoded is None:
         return terms
-    terms["pixel"] = (args.pixel_weight, F.mse_loss(painted, frames))
+    terms["pixel"] = (args.pixel_weight, F.mse_loss(decoded, frames))
     if lpips is not None:
-        a, b = (2 * x.flatten(0, -4).movedim(-1, 1) - 1 for x in (painted, frames))
+        a, b = (2 * x.flatten(0, -4).movedim(-1, 1) - 1 for x in (decoded, frames))
         terms["lpips"] = (args.pixel_weight * args.lpips_weight, lpips(a, b).mean())
     if args.ms_ssim_weight:
-        similarity = ms_ssim(painted, frames).mean()
+        similarity = ms_ssim(decoded, frames).mean()
         terms["ms_ssim"] = (args.pixel_weight * args.ms_ssim_weight, 1 - similarity)
     return terms
 
 
-def cut(z: Tensor, frames: Tensor | None, cells: int, seed: int) -> tuple[Tensor, Tensor | None]:
+def crop(z: Tensor, frames: Tensor | None, cells: int, seed: int) -> tuple[Tensor, Tensor | None]:
     """Cut a random window of latent cells out of features, and the same place out of frames."""
     rng, (h, w) = random.Random(seed), z.shape[-3:-1]
     y, x = (rng.randrange(max(1, n - cells + 1)) for n in (h, w))
@@ -302,10 +302,10 @@ def cut(z: Tensor, frames: Tensor | None, cells: int, seed: int) -> tuple[Tensor
     return z[..., y : y + cells, x : x + cells, :], frames
 
 
-def balance(loss: Tensor, gan: Tensor, last: nn.Parameter, proc: Processes) -> Tensor:
+def adaptive_weight(loss: Tensor, gan: Tensor, last: nn.Parameter, proc: Processes) -> Tensor:
     """Weigh the GAN so that both losses pull alike at the last layer [Esser et al. 2021, eq. 7]."""
     grads = [torch.autograd.grad(x, last, retain_graph=True)[0] for x in (loss, gan)]
-    norm, gan_norm = (proc.total(grad).norm() / proc.world for grad in grads)
+    norm, gan_norm = (proc.all_reduce(grad).norm() / proc.world_size for grad in grads)
     return (norm / (gan_norm + 1e-4)).clamp(0, 1e4)
 
 
@@ -316,7 +316,7 @@ def fit_pca(clips: Iterable[tuple], proc: Processes) -> tuple[Tensor, Tensor, Te
     for z, _ in clips:
         x = F.pad(z.flatten(0, -2).double(), (0, 1), value=1.0)  # the ones count and sum
         moments = moments + x.T @ x
-    moments = proc.total(moments)
+    moments = proc.all_reduce(moments)
     mean = moments[-1, :-1] / moments[-1, -1]
     covariance = moments[:-1, :-1] / moments[-1, -1] - mean.outer(mean)
     variances, axes = torch.linalg.eigh(covariance)  # ascending
@@ -332,29 +332,29 @@ def validate(
     The PCA's frames come from the encoder's own decoder; figures that need a decoder which does
     not exist are left out. Every process measures its share of the clips; all get the averages.
     ->  averages; of up to four clips the first frames (V, H, W, 3), real and, if there is a
-        decoder, painted, and the first features (V, h, w, D) before and after the adapter
+        decoder, decoded, and the first features (V, h, w, D) before and after the adapter
     """
     (mean, basis), totals, shown = pca, {}, []
     for z, frames in clips:
-        u, z_pca, painted = model.adapter.encode(z), mean + (z - mean) @ basis @ basis.T, None
+        u, z_pca, decoded = model.adapter.encode(z), mean + (z - mean) @ basis @ basis.T, None
         z_rec = model.adapter.decode(u)
         if model.pixel_decoder is not None:
-            painted = model.pixel_decoder(u)
+            decoded = model.pixel_decoder(u)
         elif encoder.has_decoder:
-            painted = encoder.decode(z_rec)
+            decoded = encoder.decode(z_rec)
         values = {"clips": z.new_ones(1), "val_mse": (z_rec - z).square()}
         values["val_cosine"] = F.cosine_similarity(z_rec, z, dim=-1)
         values["pca_cosine"] = F.cosine_similarity(z_pca, z, dim=-1)
-        if painted is not None:
-            values["val_psnr"] = psnr(painted, frames)
-            values["val_gauss_ssim"] = ms_ssim(painted, frames, 1)
+        if decoded is not None:
+            values["val_psnr"] = psnr(decoded, frames)
+            values["val_gauss_ssim"] = ms_ssim(decoded, frames, 1)
         if encoder.has_decoder:
             values["pca_psnr"] = psnr(encoder.decode(z_pca), frames)
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + len(z) * value.double().mean()
         if len(shown) < 4:
-            shown.append([x[:, 0] for x in (frames, painted, z, z_rec) if x is not None])
-    sums = proc.total(torch.stack([*totals.values()]))
+            shown.append([x[:, 0] for x in (frames, decoded, z, z_rec) if x is not None])
+    sums = proc.all_reduce(torch.stack([*totals.values()]))
     averages = dict(zip(totals, (sums / sums[0]).tolist(), strict=True))
     return averages | {"clips": int(sums[0])}, shown
 
@@ -377,13 +377,13 @@ def write_picture(path: Path, shown: list, pca: tuple) -> None:
 
 def main() -> None:
     # 1. Flags, processes, seed.
-    args, proc = begin(Args, TOY, FIXED)
+    args, proc = setup(Args, TOY, FIXED)
     device, on_cuda = proc.device, proc.device.type == "cuda"
     use_bf16 = on_cuda if args.bf16 is None else args.bf16
     use_compile = on_cuda if args.compile is None else args.compile
     use_gan = args.use_pixel_decoder and args.gan_weight > 0
     use_lpips = args.use_pixel_decoder and args.lpips_weight > 0 and args.pixel_weight > 0
-    if use_gan and proc.world > 1 and not on_cuda:
+    if use_gan and proc.world_size > 1 and not on_cuda:
         raise InputError(
             "gan_weight: several CPU processes cannot share the critic's batch norm; use one "
             "process, CUDA, or --gan_weight 0"
@@ -398,7 +398,7 @@ def main() -> None:
     lpips = load_lpips(device) if use_lpips else None
 
     # 3. Data: frames, cached features, or both.
-    config = choose_clips(args, proc, num_history=0)
+    config = prepare_data(args, proc, num_history=0)
     train_set = EpisodeDataset(config, "train", as_bytes=True)
     test_set = EpisodeDataset(config, "test")
     served = {"frames": train_set} if args.use_pixel_decoder or not args.cache_latents else {}
@@ -407,23 +407,23 @@ def main() -> None:
         data.fill_cache(config, proc, name, encoder.encode, encoder.temporal_stride)
         served["z"] = EpisodeDataset(config, "train", name)
 
-    def look(batch: dict[str, Clip]) -> tuple[Tensor, Tensor | None]:
+    def encode_batch(batch: dict[str, Clip]) -> tuple[Tensor, Tensor | None]:
         """Return features and frames, views folded: (B V, T, h, w, D), (B V, T, H, W, 3)."""
         x = {n: c.frames.to(device, non_blocking=True).flatten(0, -5) for n, c in batch.items()}
         z = x["z"] if "z" in x else encoder.encode(x["frames"])
         return z, data.to_floats(x["frames"]) if "frames" in x else None
 
-    def some(dataset: EpisodeDataset) -> Iterable[tuple[Tensor, Tensor]]:
+    def one_by_one(dataset: EpisodeDataset) -> Iterable[tuple[Tensor, Tensor]]:
         """Go through this process's share of `val_clips` clips, one at a time."""
-        for n in range(max(args.val_clips, proc.world))[proc.rank :: proc.world]:
+        for n in range(max(args.val_clips, proc.world_size))[proc.rank :: proc.world_size]:
             key = divmod(n, len(dataset))  # draw, clip: past the last, all come at other starts
-            yield look({"frames": default_collate([dataset[key]])})
+            yield encode_batch({"frames": default_collate([dataset[key]])})
 
     # 4. The trained model.
     adapter, pixel_decoder = create_adapter(args.adapter, encoder.latent_dim), None
     adapter.encoder_config = dataclasses.asdict(encoder.config)
     adapter.encoder_fingerprint = encoder.fingerprint
-    z = next(some(test_set))[0]
+    z = next(one_by_one(test_set))[0]
     if args.use_pixel_decoder:
         side = z.shape[-3] << args.decoder_multipliers.count(",")
         if side != args.image_size:
@@ -435,10 +435,10 @@ def main() -> None:
             args.pixel_decoder_config(adapter.latent_dim, encoder.temporal_stride == 2)
         )
     model = Autoencoder(adapter, pixel_decoder, args.stage == "psvae").to(device)
-    mean, axes, variances = fit_pca(some(train_set), proc)
+    mean, axes, variances = fit_pca(one_by_one(train_set), proc)
     pca = mean, axes[:, : adapter.latent_dim]
     if args.adapter.adapter_pca:
-        adapter.begin_as_pca(mean, axes, variances)
+        adapter.init_from_pca(mean, axes, variances)
 
     # 5. Optimisers, compile, DDP. `model` is the raw module, `net` the one that is called.
     groups = [{"params": [*adapter.parameters()], "scale": 1.0, "name": "adapter"}]
@@ -451,10 +451,12 @@ def main() -> None:
     )
     net, parts = wrap(model, proc, use_compile), {"model": model, "optimizer": optimizer}
     if use_gan:
-        critic = nn.SyncBatchNorm.convert_sync_batchnorm(Critic()) if proc.world > 1 else Critic()
-        judge = wrap(critic.to(device), proc)
-        slow = torch.optim.AdamW(critic.parameters(), lr=4e-5, betas=(0.0, 0.99), fused=True)
-        parts |= {"critic": critic, "critic_optimizer": slow}
+        critic = Critic()
+        if proc.world_size > 1:
+            critic = nn.SyncBatchNorm.convert_sync_batchnorm(critic)
+        critic_net = wrap(critic.to(device), proc)
+        critic_optimizer = torch.optim.AdamW(critic.parameters(), 4e-5, (0.0, 0.99), fused=True)
+        parts |= {"critic": critic, "critic_optimizer": critic_optimizer}
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
     bound = {"max_norm": args.clip_grad or math.inf, "foreach": True}
     clip = functools.partial(torch.nn.utils.clip_grad_norm_, **bound)
@@ -464,19 +466,19 @@ def main() -> None:
     forward = functools.partial(model, z, z.new_zeros((*z.shape[:-1], adapter.latent_dim)))
     run = Run(folder, args, proc, parts, train_set, encoder.fingerprint, COLUMNS, forward)
     sizes = (sum(p.numel() for p in group["params"]) / 1e6 for group in groups)
-    run.say(f"{' + '.join(f'{size:.2f}' for size in sizes)} M parameters")
+    run.print0(f"{' + '.join(f'{size:.2f}' for size in sizes)} M parameters")
 
     # 7. The loop, with one extra turn for the last validation and save.
-    batches = run.batches(StackDataset(**served))
+    batches = run.start_loader(StackDataset(**served))
     while True:
         stopped = proc.any(bool(run.signals))
         if run.due(args.val_every) and not stopped:
-            averages, shown = validate(model, encoder, some(test_set), pca, proc)
-            run.write({"step": run.step, **averages})
-            run.alone(write_picture, folder / f"sample_{run.step:07d}.png", shown, pca)
+            averages, shown = validate(model, encoder, one_by_one(test_set), pca, proc)
+            run.log_row({"step": run.step, **averages})
+            run.on_rank0(write_picture, folder / f"sample_{run.step:07d}.png", shown, pca)
         if run.due(args.save_every) or stopped:
             run.save()
-            run.alone(save_adapter, folder / "adapter.safetensors", adapter, pixel_decoder)
+            run.on_rank0(save_adapter, folder / "adapter.safetensors", adapter, pixel_decoder)
         if run.step >= run.last_step or stopped:
             break
 
@@ -486,32 +488,33 @@ def main() -> None:
         warm = args.kl_warmup * args.num_epochs * run.epoch_steps
         kl_weight = args.kl_weight * min(1.0, run.step / max(1.0, warm))
         for batch, draws in run.micro_steps(net, batches):
-            z, frames = look(batch)
+            z, frames = encode_batch(batch)
             if args.crop:
-                z, frames = cut(z, frames, args.crop, args.seed + run.step)
+                z, frames = crop(z, frames, args.crop, args.seed + run.step)
             eps = draw(torch.randn, (*z.shape[:-1], adapter.latent_dim), z, **draws)
             with autocast:
                 out = net(z, eps)
             judged = lpips if seen >= args.lpips_start else None
-            terms, painted = compare(out, z, frames, args, kl_weight, judged), out[3]
+            terms, decoded = loss_terms(out, z, frames, args, kl_weight, judged), out[3]
             loss = sum(weight * value for weight, value in terms.values())
             if use_gan and seen >= args.gan_start:
                 critic.requires_grad_(False)
-                gan = -critic.judge(painted).mean()
-                share = args.gan_weight * balance(loss, gan, pixel_decoder.conv_out.weight, proc)
+                gan = -critic.logits(decoded).mean()
+                last = pixel_decoder.conv_out.weight
+                share = args.gan_weight * adaptive_weight(loss, gan, last, proc)
                 terms["gan"], loss = (share, gan), loss + share * gan
             (loss / args.grad_accum).backward()
             if "gan" in terms:
                 critic.requires_grad_(True)
-                terms["critic"] = (0.0, judge(frames, painted.detach()))
+                terms["critic"] = (0.0, critic_net(frames, decoded.detach()))
                 (terms["critic"][1] / args.grad_accum).backward()
-            run.add(loss=loss, **{name: value for name, (_, value) in terms.items()})
+            run.accumulate(loss=loss, **{name: value for name, (_, value) in terms.items()})
         norms = {f"grad_{group['name']}": clip(group["params"]) for group in groups}
         run.update(*norms.values())
-        run.report(lr, **norms)
+        run.log_losses(lr, **norms)
 
     run.end()
-    run.say(f"{folder / 'adapter.safetensors'} holds the adapter of step {run.step}")
+    run.print0(f"{folder / 'adapter.safetensors'} holds the adapter of step {run.step}")
 
 
 if __name__ == "__main__":

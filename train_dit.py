@@ -29,10 +29,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import world_model
-from data import Clip, EpisodeDataset, InputError, Processes, Run, begin, choose_clips, psnr, wrap
+from data import Clip, EpisodeDataset, InputError, Processes, Run, prepare_data, psnr, setup, wrap
 from diffusion import OBJECTIVES, draw
 from dit import DIT_SIZES, DiT, DiTConfig
-from encoders import ROWS, EncoderConfig
+from encoders import ENCODERS, EncoderConfig
 from world_model import LatentSpace, Model, dream
 
 COLUMNS = (
@@ -156,7 +156,7 @@ def lr_at(step: int, args: Args, steps_per_epoch: float) -> float:
 
 def spread_clips(dataset: EpisodeDataset, count: int) -> Clip:
     """Read up to `count` clips spread evenly over a split, stacked."""
-    return default_collate([dataset[i] for i in data.spread(len(dataset), count)])
+    return default_collate([dataset[i] for i in data.even_indices(len(dataset), count)])
 
 
 @torch.no_grad()
@@ -171,7 +171,7 @@ def latent_scale(space: LatentSpace, dataset: EpisodeDataset, args: Args) -> tup
                 return world_model.scale_from(known, space.latent_dim)
     for x in spread_clips(dataset, 128).frames.split(1):
         x = x[0].to(device)
-        z = (x if dataset.fingerprint else space.features(x[None])).flatten(0, -2).double()
+        z = (x if dataset.fingerprint else space.encode_unscaled(x[None])).flatten(0, -2).double()
         total = total + torch.stack((torch.ones_like(z[0]) * len(z), z.sum(0), z.square().sum(0)))
     mean = total[1] / total[0]
     std = (total[2] / total[0] - mean**2).clamp_min(0).sqrt()
@@ -189,22 +189,22 @@ def validate(model: Model, clips: Clip, args: Args, proc: Processes) -> dict[str
               latents, named so. Every process measures its share; all get the same averages.
     """
     space, n = model[-1], args.num_history
-    now = n // space.temporal_stride
-    swapped = clips.actions.roll(-1, 0) if len(clips.actions) > 1 else clips.actions.flip(1)
+    history = n // space.temporal_stride
+    others = clips.actions.roll(-1, 0) if len(clips.actions) > 1 else clips.actions.flip(1)
     names = ("model", "shuffled", "copy", "ceiling")[: 3 + space.has_decoder]
     sums = torch.zeros(1 + len(names), dtype=torch.float64)
-    for i in torch.arange(proc.rank, len(swapped), proc.world).split(8):
-        real, own, other = (x[i].to(proc.device) for x in (*clips, swapped))
+    for i in torch.arange(proc.rank, len(others), proc.world_size).split(8):
+        real, own, other = (x[i].to(proc.device) for x in (*clips, others))
         z = space.encode(real)
-        dreams = [dream(model, z, actions, now, args.seed + i) for actions in (own, other)]
+        dreams = [dream(model, z, actions, history, args.seed + i) for actions in (own, other)]
         if space.has_decoder:
-            dreamed, shuffled, ceiling = (space.decode_new(x, now) for x in (*dreams, z))
+            dreamed, shuffled, ceiling = (space.decode_new(x, history) for x in (*dreams, z))
             videos = dreamed, shuffled, real[..., n - 1 : n, :, :, :], ceiling
             values = [psnr(x, real[..., n:, :, :, :]) for x in videos]
         else:
-            values = [(x - z)[:, now:].square() for x in (*dreams, z[:, now - 1 : now])]
+            values = [(x - z)[:, history:].square() for x in (*dreams, z[:, history - 1 : history])]
         sums += torch.tensor([len(i), *(v.flatten(1).mean(1).sum().item() for v in values)])
-    count, *sums = proc.total(sums).tolist()
+    count, *sums = proc.all_reduce(sums).tolist()
     kind = "psnr" if space.has_decoder else "latent_mse"
     return {f"{kind}_{name}": value / count for name, value in zip(names, sums, strict=True)}
 
@@ -238,9 +238,9 @@ def freeze(dit: DiT, prefixes: str) -> list[str]:
     return frozen
 
 
-def choose_dit(args: Args, channels: int, frames: int, action_dim: int = 10) -> DiTConfig:
+def make_dit_config(args: Args, channels: int, frames: int, action_dim: int = 10) -> DiTConfig:
     """Shape the network for clips of so many latent frames and channels; the paper fills gaps."""
-    native = ROWS[args.encoder_type][3] == "yes" and args.adapter_type == "identity"
+    native = ENCODERS[args.encoder_type][3] == "yes" and args.adapter_type == "identity"
     names = ("temporal_mode", "num_views", "view_rope", "action_dropout")
     return DiTConfig(
         in_channels=channels,
@@ -279,14 +279,14 @@ def count_costs(config: DiTConfig, h: int, w: int) -> tuple[int, float, float]:
 def dry_run(args: Args, world: int) -> None:
     """Print the cost of a run on `world` processes; no file is read and nothing is computed."""
     kind, T, V = EncoderConfig(args.encoder_type).encoder_type, args.num_frames, args.num_views
-    *grid, C = map(int, ROWS[kind][1].split("x"))
-    scale = args.image_size / 256 if ROWS[kind][3] == "no" else 1  # the others resize frames
+    *grid, C = map(int, ENCODERS[kind][1].split("x"))
+    scale = args.image_size / 256 if ENCODERS[kind][3] == "no" else 1  # the others resize frames
     h, w = (int(n * scale) for n in grid)
     if kind == "pixels":
         h = w = args.image_size // args.pixel_patch
         C = 3 * args.pixel_patch**2
     C = args.adapter_latent_dim or (C if args.adapter_type == "identity" else 96)
-    count, forward, kept = count_costs(choose_dit(args, C, T), h, w)
+    count, forward, kept = count_costs(make_dit_config(args, C, T), h, w)
     encoder = 0 if args.cache_latents else 1e9 * ENCODER_GFLOP.get(kind, 0) * V * scale**2
     said = f"{encoder / 1e9:.1f} GFLOP a frame" if kind not in ("rae", "qwen") else "not counted"
     clip, cells = T * (3 * forward + encoder), V * h * w * C  # FLOPs; numbers in a frame's latent
@@ -319,7 +319,7 @@ GPU        clips/s    hours     GB/s    exact  rolling  reading""")
 
 def main() -> None:
     # 1. Flags, processes, seed.
-    args, proc = begin(Args, TOY, FIXED)
+    args, proc = setup(Args, TOY, FIXED)
     if args.dry_run:
         return dry_run(args, args.dry_run)
     on_cuda = proc.device.type == "cuda"
@@ -349,12 +349,12 @@ def main() -> None:
         raise InputError(f"{args.encoder_type} packs {s} frames: {remedy}")
 
     # 3. Data: latents from the cache, or frames that the loop encodes.
-    config = choose_clips(args, proc)
+    config = prepare_data(args, proc)
     cached = space.fingerprint if args.cache_latents or args.cache_only else None
     if cached:
-        data.fill_cache(config, proc, cached, space.features, space.temporal_stride)
+        data.fill_cache(config, proc, cached, space.encode_unscaled, space.temporal_stride)
         if args.cache_only:
-            return proc.leave()
+            return proc.cleanup()
     train_set = EpisodeDataset(config, "train", cached, as_bytes=True)
     shown = replace(config, variable_history=False)
     clips = spread_clips(EpisodeDataset(shown, "test"), args.val_clips)
@@ -365,13 +365,13 @@ def main() -> None:
     # 4. The trained model.
     z = space.encode(clips.frames[:1].to(proc.device))
     beside = space.group_actions(clips.actions[:1].to(proc.device))
-    shape = choose_dit(args, space.latent_dim, z.shape[1], beside.shape[-1])
-    dit = DiT(shape).to(proc.device)
+    dit_config = make_dit_config(args, space.latent_dim, z.shape[1], beside.shape[-1])
+    dit = DiT(dit_config).to(proc.device)
     if pretrained:
         data.load_strictly(dit, start.state_dict(), pretrained)
         del start  # or its copy of the weights would stay for the whole run
     frozen = freeze(dit, args.freeze)
-    tokens = z.shape[2] * z.shape[3] // args.num_views // shape.patch_size**2
+    tokens = z.shape[2] * z.shape[3] // args.num_views // dit_config.patch_size**2
     if (shift := args.shift) is None:
         shift = world_model.default_shift(args.encoder_type, tokens, space.latent_dim)
     options = {"time_dist": args.time_dist} if args.objective == "flow_matching" else {}
@@ -395,35 +395,34 @@ def main() -> None:
     parts = {"dit": dit, "ema": ema, "optimizer": optimizer}
     forward = functools.partial(ema, z, torch.ones(z.shape[:2], device=proc.device), beside)
     run = Run(folder, args, proc, parts, train_set, space.fingerprint, COLUMNS, forward)
-    run.say(f"{sum(p.numel() for p in trained) / 1e6:.2f} M parameters, {tokens} tokens a frame")
+    run.print0(f"{sum(p.numel() for p in trained) / 1e6:.2f} M parameters, {tokens} tokens a frame")
     if pretrained:
-        run.say(f"copied {len(dit.state_dict())} tensors from {pretrained}; none is new")
+        run.print0(f"copied {len(dit.state_dict())} tensors from {pretrained}; none is new")
     if frozen:
-        run.say(f"frozen: {', '.join(frozen)}")
-    if shape.dim < (wide := space.latent_dim * shape.patch_size**2) and not shape.wide_head:
-        run.say(
-            f"warning: width {shape.dim} is below the {wide} numbers of a token: noise cannot "
-            "pass through it; take a larger --dit_size or an adapter"
-        )
+        run.print0(f"frozen: {', '.join(frozen)}")
+    wide = space.latent_dim * dit_config.patch_size**2
+    if dit_config.dim < wide and not dit_config.wide_head:
+        fault = f"width {dit_config.dim} is below the {wide} numbers of a token: noise cannot pass"
+        run.print0(f"warning: {fault} through it; take a larger --dit_size or an adapter")
     kept = "image_size", "stride", "num_history", "action_merge"
     clip_format = {name: getattr(args, name) for name in kept}
     clip_format |= {"action_mapping": train_set.action_mapping, "fps": train_set.fps}
 
     # 7. The loop, with one extra turn for the last validation and save.
-    batches = run.batches(train_set)
+    batches = run.start_loader(train_set)
     while True:
         stopped = proc.any(bool(run.signals))
         if run.due(args.val_every) and not stopped:
             scores = validate(model, clips, args, proc)
-            run.write({"step": run.step, **scores})
+            run.log_row({"step": run.step, **scores})
             for name, some in (("sample", clips), ("train_sample", train_clips)):
                 if space.has_decoder:
                     path = folder / f"{name}_{run.step:07d}.gif"
-                    run.alone(write_sample, path, model, some, args)
+                    run.on_rank0(write_sample, path, model, some, args)
         if run.due(args.save_every) or stopped:
             run.save()
             path = folder / "world_model.safetensors"
-            run.alone(world_model.save_world_model, path, *model, clip_format)
+            run.on_rank0(world_model.save_world_model, path, *model, clip_format)
         if run.step >= run.last_step or stopped:
             break
 
@@ -437,12 +436,12 @@ def main() -> None:
             with autocast:
                 loss, logs = objective.loss(velocity, z, actions, history, **draws)
                 (loss / args.grad_accum).backward()
-            run.add(**logs)
+            run.accumulate(**logs)
         norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_grad or math.inf, foreach=True)
         decay = min(args.ema, (1 + run.step) / (10 + run.step))
         run.update(norm)
         torch._foreach_lerp_(average, weights, 1 - decay)
-        run.report(lr, grad_norm=norm)
+        run.log_losses(lr, grad_norm=norm)
     run.end()
 
 

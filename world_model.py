@@ -60,7 +60,7 @@ class LatentSpace(nn.Module):
         self.register_buffer("std", None, persistent=False)
         self.eval().requires_grad_(False)
 
-    def features(self, frames: Tensor) -> Tensor:
+    def encode_unscaled(self, frames: Tensor) -> Tensor:
         """Give the unscaled latents of each view: (..., T, H, W, 3) -> (..., T', h, w, C)."""
         z = self.encoder.encode(frames)
         return self.adapter.encode(z).float() if self.adapter else z
@@ -77,7 +77,7 @@ class LatentSpace(nn.Module):
 
     def encode(self, frames: Tensor) -> Tensor:
         """Encode clips: (B, [V,] T, H, W, 3) -> (B, T', h, V w, C), float32."""
-        return self.scale(self.features(frames))
+        return self.scale(self.encode_unscaled(frames))
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode latents: (B, T', h, V w, C) -> (B, [V,] T, H, W, 3), float32 in [0, 1]."""
@@ -215,7 +215,7 @@ def candidate_cost(
     model: Callable,
     objective: Objective,
     z_context: Tensor,
-    known: Tensor,
+    past: Tensor,
     z_target: Tensor,
     noise: Tensor,
     last_action: Tensor | None = None,
@@ -225,7 +225,7 @@ def candidate_cost(
     The first action goes beside the last context frame, the others beside the first k - 1 dreamed
     frames. Candidates share the noise and the cached context: 11 k frame passes each at 10 steps.
 
-    z_context, known  (n, h, w, C), (n - 1, A)   the newest max_frames - k latents are used
+    z_context, past  (n, h, w, C), (n - 1, A)   the newest max_frames - k latents are used
     z_target          (k or 1, h, w, C)          for every dreamed frame, or for the last
     noise             (k, h, w, C)
     last_action       (A,)   beside the last dreamed frame; None: the candidate's last
@@ -234,11 +234,11 @@ def candidate_cost(
     window = model.config.max_frames if hasattr(model, "config") else len(z_context) + k
     if (n := min(len(z_context), window - k)) < 1:
         raise InputError(f"horizon {k}: the model sees {window} frames in all")
-    z_context, known = z_context[-n:], known[len(known) + 1 - n :]
-    shared = objective.encode_context(model, z_context[None, :-1], known[None]) if cached else None
+    z_context, past = z_context[-n:], past[len(past) + 1 - n :]
+    shared = objective.encode_context(model, z_context[None, :-1], past[None]) if cached else None
 
     def distance(a: Tensor) -> Tensor:  # (N, n + k, A) -> (N,)
-        net, cache = model, shared and shared.expand(len(a), room=k + 1)
+        net, cache = model, shared and shared.repeat(len(a), room=k + 1)
         if a.requires_grad or not cached:  # autograd cannot pass through a cache: hide it
             net, cache = functools.partial(model), None
         z, eps = (x.expand(len(a), *x.shape) for x in (z_context, noise))
@@ -248,7 +248,7 @@ def candidate_cost(
     def cost(candidates: Tensor) -> Tensor:
         N, last = len(candidates), candidates[:, -1:]
         last = last if last_action is None else last_action.expand(N, 1, -1)
-        a = torch.cat((known.expand(N, *known.shape), candidates, last), 1)
+        a = torch.cat((past.expand(N, *past.shape), candidates, last), 1)
         with torch.set_grad_enabled(candidates.requires_grad):
             return torch.cat([distance(part) for part in a.split(32)])
 
@@ -296,7 +296,7 @@ def load_world_model(
     if not {*stored.split(), "pixel_decoder_config"} <= metadata.keys():
         raise InputError(f"{where}: is not a world model; give world_model.safetensors of a run")
     paths = {"weights": encoder_weights, "decoder_weights": decoder_weights}
-    with data.reading(where, "copy it again", *data.DAMAGED):
+    with data.reading(where, "copy it again", *data.PARSE_ERRORS):
         values = metadata["encoder_config"] | {name: path for name, path in paths.items() if path}
         config, clip_format = data.config_from(EncoderConfig, values, where), metadata["data"]
         objective = objective_from(metadata["objective"], where)
@@ -307,7 +307,7 @@ def load_world_model(
     if encoder.fingerprint != (trained := metadata["encoder_fingerprint"]):
         found = f"was trained on encoder {trained}, here is {encoder.fingerprint}"
         raise InputError(f"{where}: {found}; point encoder_weights at the weights of its training")
-    with data.reading(where, "copy it again", RuntimeError, *data.DAMAGED):
+    with data.reading(where, "copy it again", RuntimeError, *data.PARSE_ERRORS):
         dit, parts = dit_from(tensors, metadata, where), adapter_from(tensors, metadata, where)
         space = LatentSpace(encoder, *parts, num_views=dit.config.num_views)
         space.mean, space.std = scale_from(tensors, space.latent_dim)
@@ -320,7 +320,7 @@ def load_pretrained(path: str | Path, flags: dict[str, Any]) -> DiT:
     flags  temporal_mode, view_rope, objective (a name), standardize; released files tell none
     """
     tensors, metadata = data.load_weights(where := str(path))
-    with data.reading(where, "copy it again", *data.DAMAGED):
+    with data.reading(where, "copy it again", *data.PARSE_ERRORS):
         dit = dit_from(tensors, metadata, where)
     if "objective" not in metadata:
         return dit
@@ -406,7 +406,7 @@ class WorldModel:
         """Turn raw robot actions (..., 7), in units of the data set, into model units (..., A)."""
         return torch.as_tensor(data.map_actions(raw, self.clip_format["action_mapping"]))
 
-    def _actions(self, actions: Array) -> Tensor:
+    def _batched(self, actions: Array) -> Tensor:
         """Shape actions for the known samples: (B, k, A)."""
         if self.z is None:
             raise InputError("the world model knows no frame yet; call reset(frames) first")
@@ -461,12 +461,12 @@ class WorldModel:
         call overwrites its slot.
         actions  (A,), (k, A) or (B, k, A); of a batch also (B, A)   ->  ([B,] [V,] k, H, W, 3)
         """
-        actions, s, (B, n, *cell) = self._actions(actions), self.space.temporal_stride, self.z.shape
+        actions, s, (B, n, *cell) = self._batched(actions), self.space.temporal_stride, self.z.shape
         if (k := actions.shape[1]) % s:
             raise InputError(f"{k} frames to dream: a latent holds {s}; ask for a multiple")
         if noise is None:
             noise = draw(torch.randn, (B, k // s, *cell), self.z, generator)
-        last = actions[:, -1:] if last is None else self._actions(last)
+        last = actions[:, -1:] if last is None else self._batched(last)
         actions = torch.cat((self.actions[:, :-1], actions, last), 1)  # (B, s n + k, A)
         beside, keep = self.space.group_actions(actions), self.dit.config.max_frames
         known = self.dit, self.z, beside, torch.as_tensor(noise).to(self.z)
@@ -487,7 +487,7 @@ class WorldModel:
 
         actions ([B,] T, A), T > n  ->  the n frames as given, then T - n new ones
         """
-        known, actions = self.reset(frames), self._actions(actions)
+        known, actions = self.reset(frames), self._batched(actions)
         n = self.actions.shape[1]
         if actions.shape[1] <= n:
             raise InputError(f"{actions.shape[1]} actions for {n} known frames; give more")
@@ -511,7 +511,7 @@ class WorldModel:
             raise InputError(f"steps is {steps}; let the policy act at least once")
         video, taken = [self.reset(initial_frames)], []
         while (left := steps - sum(a.shape[1] for a in taken)) > 0:
-            taken.append(self._actions(policy(video[-1].select(-4, -1)))[:, :left])
+            taken.append(self._batched(policy(video[-1].select(-4, -1)))[:, :left])
             video.append(self.generate_chunk(taken[-1], generator=generator))
         actions = torch.cat(taken, 1)
         return torch.cat(video, -4), actions if self.batched else actions[0]

@@ -312,7 +312,7 @@ def test_an_adapter_that_begins_as_pca_projects_on_the_first_axes():
     variances = 4.0 ** -torch.arange(32.0)
     z = 3 + (torch.randn(4, 1, 8, 8, 32) * variances.sqrt()) @ axes.T
     adapter = create_adapter(AdapterConfig(**FLAT, adapter_pca=True), 32)
-    adapter.begin_as_pca(torch.full((32,), 3.0), axes, variances)
+    adapter.init_from_pca(torch.full((32,), 3.0), axes, variances)
     y = (z - 3) @ axes[:, :8]
     u, rebuilt = adapter.encode(z), adapter.decode(adapter.encode(z))
     # the norms bend long features by some percent, as the draw has it
@@ -325,7 +325,7 @@ def test_an_adapter_begins_as_pca_of_features_with_fewer_axes_than_it_has_channe
     z = torch.randn(2, 4, 4, 3) @ torch.eye(3, 32)
     adapter = create_adapter(AdapterConfig(**FLAT, adapter_pca=True), 32)
     variances = torch.cat((torch.ones(3), torch.zeros(29)))
-    adapter.begin_as_pca(torch.zeros(32), torch.eye(32), variances)
+    adapter.init_from_pca(torch.zeros(32), torch.eye(32), variances)
     rebuilt = adapter.decode(adapter.encode(z))
     assert (rebuilt - z).norm() < 0.3 * z.norm()  # NaN where it divides by nothing
 

@@ -229,18 +229,18 @@ def test_variable_history_example_and_what_is_drawn():
     config = data.DataConfig(num_frames=10, num_history=2, stride=2)
     seen = set()
     for seed in range(4000):
-        times = data.draw_frames(38, config, np.random.default_rng(seed))
+        times = data.draw_times(38, config, np.random.default_rng(seed))
         assert times.min() >= 0 and times.max() < 38 and len(times) == 10
         seen.add(tuple(times.tolist()))
     assert (0, 8, 16, 18, 20, 22, 24, 26, 28, 30) in seen  # the docstring's example
     gaps = {(b - a, c - b, d - c) for a, b, c, d, *_ in seen}
     assert gaps == {(8, 8, 2), (0, 0, 2), (0, 0, 4)}  # s = 4 with history would need 61 frames
     assert {t[2] for t in seen if t[1] != t[2]} == set(range(16, 24))
-    draws = [data.draw_frames(200, config, np.random.default_rng(s)) for s in range(4000)]
+    draws = [data.draw_times(200, config, np.random.default_rng(s)) for s in range(4000)]
     repeats = np.mean([t[0] == t[2] for t in draws])
     assert abs(repeats - 0.15) < 0.02  # 3.5 standard errors of 4000 draws
     assert abs(np.mean([t[3] - t[2] == 4 for t in draws]) - 0.5) < 0.03
-    short = data.draw_frames(19, config, np.random.default_rng(0))
+    short = data.draw_times(19, config, np.random.default_rng(0))
     assert short[0] == short[2] and short[9] - short[2] == 14  # 31 do not fit: history repeats
 
 
@@ -266,7 +266,7 @@ def test_merged_actions_by_hand():
     assert still[0].tolist() == [0, 0, 0, 0, 0, 0, 3, 0, 0, 0]
 
 
-def test_probe_frames_are_those_of_the_docstring():
+def test_probe_times_are_those_of_the_docstring():
     table = {
         "uniform": [0, 6, 11, 17, 22, 28, 33, 39],
         "fps_1": [4, 9, 14, 19, 24, 29, 34, 39],
@@ -274,9 +274,9 @@ def test_probe_frames_are_those_of_the_docstring():
         "final_heavy": [0, 10, 20, 24, 28, 31, 35, 39],
     }
     for sampling, times in table.items():
-        assert data.probe_frames(40, 8, sampling, 5).tolist() == times
+        assert data.probe_times(40, 8, sampling, 5).tolist() == times
         for length in range(8, 60):
-            found = data.probe_frames(length, 8, sampling, 5)
+            found = data.probe_times(length, 8, sampling, 5)
             assert found[-1] == length - 1 and found[0] >= 0 and (np.diff(found) > 0).all()
 
 
@@ -1135,9 +1135,9 @@ def server(tmp_path, monkeypatch):
         {"train": [[bridge_example(10 * i + k) for k in range(2)] for i in range(3)]},
     )
     server = Server(tmp_path / "web")
-    fetch = data.fetch
+    fetch = data.download
     quick = {"timeout": 0.3, "tries": 3, "pause": 0.001}
-    monkeypatch.setattr(data, "fetch", lambda *args: fetch(*args, **quick))
+    monkeypatch.setattr(data, "download", lambda *args: fetch(*args, **quick))
     yield server
     server.shutdown()
     server.server_close()
@@ -1172,7 +1172,7 @@ def test_a_server_without_ranges_is_asked_once_and_read_from_the_beginning(tmp_p
     shard = next((tmp_path / "web").glob("*00000-of-00003"))
     (tmp_path / "a.part").write_bytes(b"half of it")
     server.faults = ["no range"]
-    data.fetch(f"{server.url}/{shard.name}", tmp_path / "a", lambda count: None)
+    data.download(f"{server.url}/{shard.name}", tmp_path / "a", lambda count: None)
     assert (tmp_path / "a").read_bytes() == shard.read_bytes() and len(server.requests) == 1
 
 
@@ -1220,7 +1220,7 @@ def test_full_disk_ends_a_download_without_another_try(tmp_path, server, monkeyp
 
     monkeypatch.setattr(data, "open", Full, raising=False)
     with pytest.raises(OSError, match="No space left on device: .*a.part"):
-        data.fetch(f"{server.url}/features.json", tmp_path / "a", lambda count: None)
+        data.download(f"{server.url}/features.json", tmp_path / "a", lambda count: None)
     assert len(server.requests) == 1
 
 

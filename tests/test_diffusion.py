@@ -337,7 +337,7 @@ def test_candidates_share_their_context(objective):
     shared = objective.encode_context(dit, z[:, :1], actions[:1, :1])
     counter.frames, cache, newest, dreamed = (
         0,
-        shared.expand(3),
+        shared.repeat(3),
         z[:, 1:].expand(3, -1, -1, -1, -1),
         [],
     )

@@ -21,8 +21,8 @@ from dit import (
     build_rope,
     load_dit,
     merge_views,
-    norm_rotate,
     project,
+    qk_norm_rope,
     split_views,
 )
 
@@ -51,7 +51,7 @@ def clip(B: int = 2, T: int = 5, h: int = 4, w: int = 8, C: int = 6):
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Rotate without normalising."""
-    return norm_rotate(x, table) * x.square().mean(-1, keepdim=True).sqrt()
+    return qk_norm_rope(x, table) * x.square().mean(-1, keepdim=True).sqrt()
 
 
 # -- released weights
@@ -565,7 +565,7 @@ def test_an_expanded_cache_serves_candidates_and_can_be_used_again():
     dit, (z, tau, actions) = random_dit(), clip(B=2, T=4)
     shared = dit.encode_context(z[:, :2], tau[:, :2], actions[:, :2])
     for _ in range(2):
-        cache, more = shared.expand(3), torch.randn(6, 2, 10)
+        cache, more = shared.repeat(3), torch.randn(6, 2, 10)
         repeated = [x.repeat_interleave(3, 0) for x in (z, tau)]
         dit.encode_context(*(x[:, 2:3] for x in repeated), more[:, :1], cache)
         v = dit.denoise(
@@ -573,7 +573,7 @@ def test_an_expanded_cache_serves_candidates_and_can_be_used_again():
         )
         beside = torch.cat((actions[:, :2].repeat_interleave(3, 0), more), 1)
         torch.testing.assert_close(v, dit(*repeated, beside)[:, 3:4], atol=1e-5, rtol=1e-5)
-    assert shared.frames == 2
+    assert shared.length == 2
 
 
 def test_a_window_of_one_frame_has_no_context():

@@ -732,7 +732,7 @@ def test_the_decoder_of_a_release_is_fetched_when_it_is_needed(offline, monkeypa
     dino(tmp_path / "encoder")
     config = EncoderConfig("rae", str(tmp_path / "encoder"), image_size=70)
     assert not create_autoencoder(config).has_decoder
-    monkeypatch.setitem(encoders.ROWS, "rae", ["rae", "16x16x48"])
+    monkeypatch.setitem(encoders.ENCODERS, "rae", ["rae", "16x16x48"])
     encoder = create_autoencoder(config)  # as wide as the release: as if it were it
     z = encoder.encode(torch.rand(1, 1, 70, 70, 3))
     assert encoder.has_decoder
@@ -754,9 +754,9 @@ def test_a_decoder_of_the_hub_comes_with_its_config(monkeypatch, tmp_path, name)
         return tmp_path / ("hub" if file == "model.pt" else "elsewhere") / file
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(encoders, "fetch", fetch)
+    monkeypatch.setattr(encoders, "hub_file", fetch)
     own = name.startswith("somebody")  # all released ones have 16 heads, and RAE's no config
-    assert encoders.load(encoders.ViTDecoder, name).heads == (4 if own else 16)
+    assert encoders.build_network(encoders.ViTDecoder, name).heads == (4 if own else 16)
     assert asked == ["model.pt"] + ["config.json"] * own
 
 

@@ -94,8 +94,8 @@ def test_missing_weights_name_the_file_the_url_and_the_place(tmp_path, monkeypat
         "lpips": lambda: evaluate.load_lpips(tmp_path, CPU),
         "fid": lambda: evaluate.load_inception("fid", tmp_path, CPU),
         "fid_tv": lambda: evaluate.load_inception("fid_tv", tmp_path, CPU),
-        "fvd": lambda: evaluate.load_video("fvd", None, tmp_path, CPU),
-        "fvd_r3d": lambda: evaluate.load_video("fvd_r3d", None, tmp_path, CPU),
+        "fvd": lambda: evaluate.load_fvd("fvd", None, tmp_path, CPU),
+        "fvd_r3d": lambda: evaluate.load_fvd("fvd_r3d", None, tmp_path, CPU),
         "t_lpips": lambda: evaluate.load_t_lpips(tmp_path, CPU),
         "pck": lambda: evaluate.load_cotracker(None, CPU),
     }
@@ -191,7 +191,7 @@ def test_r3d_sees_the_last_frame_repeated_to_sixteen(tmp_path):
     from torchvision.models.video import r3d_18
 
     torch.save(r3d_18().state_dict(), tmp_path / Path(evaluate.WEIGHTS["fvd_r3d"]).name)
-    features = evaluate.load_video("fvd_r3d", None, tmp_path, CPU)
+    features = evaluate.load_fvd("fvd_r3d", None, tmp_path, CPU)
     clip = torch.rand(1, 3, 32, 32, 3)
     with torch.no_grad():
         out = features(clip)
@@ -211,11 +211,11 @@ def test_i3d_gets_sixteen_frames_of_0_to_255_channels_first(tmp_path):
     path = tmp_path / "i3d.pt"
     torch.jit.script(Brightness()).save(str(path))
     clips = torch.rand(2, 16, 8, 8, 3)
-    out = evaluate.load_video("fvd", str(path), tmp_path, CPU)(clips)
+    out = evaluate.load_fvd("fvd", str(path), tmp_path, CPU)(clips)
     torch.testing.assert_close(out, 255 * clips.mean((1, 2, 3)))
     path.write_bytes(b"broken")
     with pytest.raises(evaluate.InputError, match="no TorchScript archive"):
-        evaluate.load_video("fvd", str(path), tmp_path, CPU)
+        evaluate.load_fvd("fvd", str(path), tmp_path, CPU)
 
 
 def test_cotracker_is_asked_for_points_of_the_first_frame(tmp_path):
@@ -553,7 +553,7 @@ def test_distances_are_zero_for_the_ceiling_and_grow_for_the_copy(measure_world,
         return lambda frames: frames.flatten(1)[:, ::97]
 
     monkeypatch.setattr(evaluate, "load_inception", colours)
-    monkeypatch.setattr(evaluate, "load_video", lambda *_: lambda x: x.flatten(1)[:, ::997])
+    monkeypatch.setattr(evaluate, "load_fvd", lambda *_: lambda x: x.flatten(1)[:, ::997])
     rows = measure_world(metrics="fid,fvd_r3d")["metrics"]
     for name, n in (("fid", 12 * 4), ("fvd_r3d", 12)):
         row = rows[name]
@@ -691,7 +691,7 @@ def test_inverse_dynamics_learns_from_every_window_of_one_bank_of_bounded_size(
         learned.append((read(np.arange(len(y)))[0], y, held))
         net.eval()
 
-    monkeypatch.setattr(evaluate, "fit", fit)
+    monkeypatch.setattr(evaluate, "train_probe", fit)
     monkeypatch.setattr(evaluate, "BANK", 20 * (6 * 16 * 48) * 2)  # twenty clips of two bytes each
     flags = {"horizons": "1,4", "max_steps": 50, "probe_width": 32}
     rows = measure_world(metrics="idm", **flags)["metrics"]
@@ -729,7 +729,7 @@ def test_probes_read_what_they_learn_from_in_the_latent_cache(tmp_path, monkeypa
     clips = data.EpisodeDataset(tested.config, "train")
     wanted = [tested.known_features(clips.info(i), slice(2, 5)) for i in range(4)]
     data.write_latent_cache(config, "train", encoder.fingerprint, encoder.encode)
-    monkeypatch.setattr(tested, "filmed", None)  # no frame is read any more
+    monkeypatch.setattr(tested, "load_frames", None)  # no frame is read any more
     for i, z in enumerate(wanted):
         found = tested.known_features(clips.info(i), slice(2, 5))
         assert found.shape == (1, 3, 4, 4 * views, 48)
@@ -775,7 +775,7 @@ def test_only_another_instruction_makes_a_success_a_failure():
         return kind[p].float()[:, None, None, None], texts[kind[p]]
 
     with torch.no_grad():
-        evaluate.fit(net, read, y, np.arange(60) < 6, 4, 1e-3)
+        evaluate.train_probe(net, read, y, np.arange(60) < 6, 4, 1e-3)
     for (shown, own, text), (_, judged, other) in zip(net.seen[::2], net.seen[1::2], strict=True):
         assert torch.equal(text, texts[shown.long()]) and own.all()
         assert torch.equal(judged.bool(), (text == other).flatten(1).all(1))
@@ -783,13 +783,13 @@ def test_only_another_instruction_makes_a_success_a_failure():
 
 
 def test_both_classes_choose_the_weights_of_a_success_probe(measure_world, monkeypatch, tmp_path):
-    held_out, fit = [], evaluate.fit
+    held_out, fit = [], evaluate.train_probe
 
     def spy(net, read, y, held, *rest):
         held_out.append((y[held].tolist(), y[~held].tolist()))
         return fit(net, read, y, held, *rest)
 
-    monkeypatch.setattr(evaluate, "fit", spy)
+    monkeypatch.setattr(evaluate, "train_probe", spy)
     labelled = evaluate.Evaluation.labelled
     few = lambda self, *how: labelled(self, *how)[:4]  # noqa: E731  two of each
     monkeypatch.setattr(evaluate.Evaluation, "labelled", few)
@@ -960,13 +960,13 @@ def test_a_model_that_stands_still_fails_where_a_simulator_looks(measure_toy, to
 def test_opposite_actions_are_opposite_from_the_newest_known_frame_on(
     measure_toy, toy_folder, monkeypatch
 ):
-    acted, act = [], evaluate.Evaluation.act_in
+    acted, act = [], evaluate.Evaluation.simulate
 
     def spy(self, world, actions):
         acted.append(actions)
         return act(self, world, actions)
 
-    monkeypatch.setattr(evaluate.Evaluation, "act_in", spy)
+    monkeypatch.setattr(evaluate.Evaluation, "simulate", spy)
     space = pixel_space()
     measure_toy(Simulator(toy_folder, space, deaf=True), space, metrics="counterfactual")
     for one, other in zip(acted[::2], acted[1::2], strict=True):
@@ -1017,7 +1017,7 @@ def test_inverse_dynamics_learns_small_moves_on_large_offsets_and_keeps_its_best
     y = torch.cat([0.5 * (x[:, 1] - x[:, 0]).mean(1), torch.zeros(400, 1)], 1)[:, None]
     torch.manual_seed(0)
     net, held = evaluate.Probe("idm", (2, 4, 6), 32), np.arange(400) % 10 == 0
-    score, _ = evaluate.fit(net, lambda p: (x[p], None), y, held, 150, 4e-3)
+    score, _ = evaluate.train_probe(net, lambda p: (x[p], None), y, held, 150, 4e-3)
     assert not net.training and not any(p.requires_grad for p in net.parameters())
     final = -len(y[held]) * net.loss(x[held], y[held]).item()
     assert final == pytest.approx(score, rel=1e-4)  # the best state is in place
@@ -1095,7 +1095,7 @@ def test_the_text_probe_learns_that_another_instruction_is_no_success():
     tokens = F.one_hot(word, 2).float()[:, None].repeat(1, 3, 1)
     torch.manual_seed(0)
     net = evaluate.Probe("text", (4, 4, 6), 32, 2)
-    evaluate.fit(net, lambda p: (x[p], tokens[p]), y, np.arange(60) % 5 == 0, 60, 3e-3)
+    evaluate.train_probe(net, lambda p: (x[p], tokens[p]), y, np.arange(60) % 5 == 0, 60, 3e-3)
     right, wrong = net.judge(x[1:6], tokens[1:6]), net.judge(x[1:6], tokens[1:6].flip(2))
     assert (right > wrong).all()
 
@@ -1161,7 +1161,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
 
 def test_a_process_encodes_its_share_of_the_training_clips_alone():
     class Second(data.Processes):
-        total = staticmethod(lambda x: x)  # what the other one has is missing
+        all_reduce = staticmethod(lambda x: x)  # what the other one has is missing
 
     proc = Second(1, 2, CPU)
     stub = SimpleNamespace(out=SimpleNamespace(proc=proc))
@@ -1190,7 +1190,7 @@ def test_a_killed_metric_goes_on_behind_its_last_clips(
         return method(self, clips, *rest)
 
     monkeypatch.setattr(evaluate.Evaluation, work, counted)
-    monkeypatch.setattr(evaluate, "PAUSE", -1)
+    monkeypatch.setattr(evaluate, "NOTE_SECONDS", -1)
     killed = True
     with pytest.raises(KeyboardInterrupt):
         measure_world(**flags)
@@ -1207,14 +1207,14 @@ def test_a_killed_metric_goes_on_behind_its_last_clips(
 
 def test_every_process_of_every_number_of_processes_notes_its_own_clips(tmp_path):
     class Lonely(data.Processes):
-        def meet(self):
+        def barrier(self):
             """The others are not there."""
 
     notes = set()
     for rank, world in ((0, 1), (0, 2), (1, 2), (0, 3)):
         results = evaluate.Results(tmp_path, evaluate.Args(), Lonely(rank, world, CPU))
-        results.begin("psnr")
-        notes.add(results.note)
+        results.resume_metric("psnr")
+        notes.add(results.note_path)
     assert len(notes) == 4
 
 
@@ -1308,7 +1308,7 @@ def test_a_metric_that_lacks_episodes_does_not_stop_the_others(measure_world, tm
 
 def test_one_sample_has_no_distance(measure_world, monkeypatch, tmp_path):
     write_world(tmp_path / "lone", test=1)
-    monkeypatch.setattr(evaluate, "load_video", lambda *_: lambda clips: clips.flatten(1)[:, ::97])
+    monkeypatch.setattr(evaluate, "load_fvd", lambda *_: lambda clips: clips.flatten(1)[:, ::97])
     flags = {"metrics": "psnr,fvd", "dataset_dir": str(tmp_path / "lone")}
     rows = measure_world(**flags)["metrics"]
     assert rows["psnr"]["value"] > 0 and "no covariance" in rows["fvd"]["reason"]

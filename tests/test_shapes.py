@@ -111,7 +111,7 @@ def flat_adapters():
     refined, whitened = small_adapter(adapter_latent_layers=1), small_adapter(adapter_pca=True)
     begin = torch.zeros(24), torch.eye(24), torch.ones(24)
     z = torch.randn(2, 3, 5, 7, 24)
-    return lambda: (refined.decode(refined.encode(z)), whitened.begin_as_pca(*begin))
+    return lambda: (refined.decode(refined.encode(z)), whitened.init_from_pca(*begin))
 
 
 @run(adapter, D=24, C=8, h=5, w=7, N=6, mid=12)
@@ -181,11 +181,11 @@ VIT = dict(heads=4, n=..., t=..., T=...)
 @run(encoders, "Network", "Transformer", "DINO", **VIT, N=5, H=42, W=28, h=3, w=2, D=48, d=12)
 def dino():
     test_encoders.dino(path := folder())
-    network = encoders.load(encoders.RAE, str(path))
+    network = encoders.build_network(encoders.RAE, str(path))
     return lambda: network.encode(torch.randn(5, 3, 42, 28))
 
 
-@run(encoders, "Network", "VJEPA", "turns", **VIT, N=5, H=32, W=48, h=2, w=3, D=128, pairs=32)
+@run(encoders, "Network", "VJEPA", "axial_rope", **VIT, N=5, H=32, W=48, h=2, w=3, D=128, pairs=32)
 def vjepa():
     network = encoders.VJEPA(Path(), test_encoders.vjepa_state(), {})
     x = torch.randn(5, 3, 4, 32, 48)
@@ -195,21 +195,21 @@ def vjepa():
 @run(encoders, "Transformer", "QwenTower", **VIT, N=..., H=56, W=84, h=4, w=6, D=32, d=8, frames=2)
 def qwen():
     test_encoders.qwen(path := folder())
-    network = encoders.load(encoders.QwenTower, str(path))
+    network = encoders.build_network(encoders.QwenTower, str(path))
     return lambda: network.encode(torch.randn(6, 3, 56, 84))
 
 
 @run(encoders, "ViTDecoder", N=3, h=4, w=6, C=48, side=5, p=4)
 def vit_decoder():
     test_encoders.rae_decoder(path := folder())
-    network = encoders.load(encoders.ViTDecoder, str(path))
+    network = encoders.build_network(encoders.ViTDecoder, str(path))
     return lambda: network.decode(torch.randn(3, 4, 6, 48))
 
 
 @run(encoders, "KLAutoencoder", N=2, H=24, W=32, h=6, w=8, C=4, D=64)
 def kl_autoencoder():
     test_encoders.vavae(path := folder() / "vavae.pt")
-    network = encoders.load(encoders.VAVAE, str(path))
+    network = encoders.build_network(encoders.VAVAE, str(path))
     return lambda: network.decode(network.encode(torch.randn(2, 3, 24, 32)))
 
 

@@ -18,8 +18,8 @@ from data import (
     InputError,
     ToyConfig,
     ToyWorld,
+    centroid,
     generate_toy,
-    locate,
     toy_episode,
     toy_policy,
     toy_state_at,
@@ -250,8 +250,8 @@ def test_opposite_actions_move_the_marker_to_opposite_sides_as_the_simulator_say
         for sign in (1, -1):
             other = copy.deepcopy(world)
             other.step(0.045 * sign * np.eye(7)[axis] + [0, 0, 0, 0, 0, 0, OPEN])
-            seen.append(locate(other.render(views=(0,))[0], "cyan"))
-            true.append(other.pixels(other.positions()["marker"]))
+            seen.append(centroid(other.render(views=(0,))[0], "cyan"))
+            true.append(other.project(other.positions()["marker"]))
         moved, expected = seen[0] - seen[1], true[0] - true[1]
         cosine = moved @ expected / np.linalg.norm(moved) / np.linalg.norm(expected)
         assert np.linalg.norm(moved) > 4 and cosine > 0.95
@@ -263,8 +263,8 @@ def test_every_camera_shows_the_marker_where_it_is_told(size):
     rng = np.random.default_rng(0)
     for _ in range(30):
         world.gripper, world.yaw = rng.uniform(*WORKSPACE), rng.uniform(-1.5, 1.5)
-        found = locate(world.render(), "cyan")
-        told = np.stack([world.pixels(world.positions()["marker"], v) for v in range(3)])
+        found = centroid(world.render(), "cyan")
+        told = np.stack([world.project(world.positions()["marker"], v) for v in range(3)])
         assert np.isfinite(found).all()
         error = np.linalg.norm(found - told, axis=-1) / size
         assert error[0] < 0.04 and error.max() < 0.10, (world.gripper, error)
@@ -276,12 +276,12 @@ def test_blocks_are_located_where_they_are_and_absent_colours_are_not():
     for name, place in world.positions().items():
         if name in world.names:
             for view in range(3):
-                error = locate(frames, name)[view] - world.pixels(place, view, 64)
+                error = centroid(frames, name)[view] - world.project(place, view, 64)
                 assert np.linalg.norm(error) < 1.5
     for colour in COLOURS.keys() - set(world.names) - {"cyan"}:
-        assert np.isnan(locate(frames, colour)).all()
-    floats = locate(frames.astype(np.float32) / 255, "cyan")
-    assert floats.shape == (3, 2) and np.allclose(floats, locate(frames, "cyan"), atol=1e-3)
+        assert np.isnan(centroid(frames, colour)).all()
+    floats = centroid(frames.astype(np.float32) / 255, "cyan")
+    assert floats.shape == (3, 2) and np.allclose(floats, centroid(frames, "cyan"), atol=1e-3)
 
 
 def test_a_drawn_block_hides_what_is_behind_it():
@@ -289,7 +289,7 @@ def test_a_drawn_block_hides_what_is_behind_it():
     world = scene([(0.40, -0.06), (0.36, -0.042)], gripper=(0.2, 0.16, 0.19))
     eye = world.cameras[0][0]
     near, far = sorted((0, 1), key=lambda i: np.linalg.norm(world.block[i, :3] - eye))
-    column, row = world.pixels(world.block[near, :3], 0, 256).astype(int)
+    column, row = world.project(world.block[near, :3], 0, 256).astype(int)
     rgb = world.render(256, (0,))[0, row, column].astype(float)
     wanted = [np.array(COLOURS[world.names[i]], float) for i in (near, far)]
     angle = [rgb @ w / np.linalg.norm(rgb) / np.linalg.norm(w) for w in wanted]

@@ -28,7 +28,7 @@ from data import (
     load_torch,
     write_episode,
 )
-from train_adapter import COLUMNS, Args, Autoencoder, Critic, balance, ms_ssim
+from train_adapter import COLUMNS, Args, Autoencoder, Critic, adaptive_weight, ms_ssim
 
 ADAPTER = AdapterConfig(
     adapter_latent_dim=6, adapter_num_layers=1, adapter_num_heads=4, adapter_intermediate_size=32
@@ -182,7 +182,7 @@ def test_ms_ssim_can_be_descended_from_any_start():
 
 def feature_loss(z_rec, z, mean, logvar, kl_weight=1.0, **flags):
     args = Args(adapter=ADAPTER, **flags)
-    return train_adapter.compare((z_rec, mean, logvar, None), z, None, args, kl_weight)
+    return train_adapter.loss_terms((z_rec, mean, logvar, None), z, None, args, kl_weight)
 
 
 def test_perfect_features_cost_nothing_but_the_posterior():
@@ -217,7 +217,7 @@ def test_defaults_are_the_weights_of_the_paper():
     frames = torch.rand(1, 1, 176, 176, 3)
     args = Args(adapter=ADAPTER)
     out, lpips = (z, mean, mean, frames), lambda a, b: (a - b).square()
-    terms = train_adapter.compare(out, z, frames, args, args.kl_weight, lpips)
+    terms = train_adapter.loss_terms(out, z, frames, args, args.kl_weight, lpips)
     weights = {name: weight for name, (weight, _) in terms.items()}
     names = "mse cosine spectral kl pixel lpips ms_ssim".split()
     assert weights == dict(zip(names, (1.0, 1.0, 0.01, 1e-4, 1.0, 0.5, 0.5), strict=True))
@@ -227,7 +227,7 @@ def test_defaults_are_the_weights_of_the_paper():
 def test_lpips_sees_frames_from_minus_one_to_one_channels_first():
     seen, frames, z = [], torch.rand(2, 3, 40, 48, 3), torch.randn(1, 1, 4, 4, 8)
     args, lpips = Args(adapter=ADAPTER), lambda a, b: seen.append((a, b)) or a.mean()
-    train_adapter.compare((z, z, None, frames), z, frames, args, 1.0, lpips)
+    train_adapter.loss_terms((z, z, None, frames), z, frames, args, 1.0, lpips)
     expected = 2 * frames.permute(0, 1, 4, 2, 3).flatten(0, 1) - 1
     assert all(torch.equal(x, expected) for x in seen[0])
 
@@ -272,29 +272,29 @@ def test_windows_cut_the_same_place_from_frames_and_grid_and_reach_everywhere():
     z = torch.arange(36).view(1, 1, 6, 6, 1)
     frames, seen = z.repeat_interleave(2, 2).repeat_interleave(2, 3).expand(1, 1, 12, 12, 3), set()
     for seed in range(60):
-        part, seen_part = train_adapter.cut(z, frames, 4, seed)
+        part, seen_part = train_adapter.crop(z, frames, 4, seed)
         assert part.shape == (1, 1, 4, 4, 1) and seen_part.shape == (1, 1, 8, 8, 3)
         assert torch.equal(seen_part[..., ::2, ::2, :1], part)
         seen.add(part[0, 0, 0, 0, 0].item())
     assert len(seen) == 9
-    assert torch.equal(train_adapter.cut(z, None, 8, 0)[0], z)
+    assert torch.equal(train_adapter.crop(z, None, 8, 0)[0], z)
 
 
 def test_critic_has_the_published_size_and_judges_patches():
     critic = Critic()
     assert round(sum(p.numel() for p in critic.parameters()) / 1e6, 2) == 0.66
-    assert critic.judge(torch.rand(2, 2, 32, 32, 3)).shape == (4, 1, 6, 6)
+    assert critic.logits(torch.rand(2, 2, 32, 32, 3)).shape == (4, 1, 6, 6)
     scales = [m for m in critic.modules() if hasattr(m, "parametrizations")]
     assert len(scales) == 4  # every convolution has a spectral norm
     for _ in range(30):  # power iterations
-        critic.judge(torch.rand(1, 1, 32, 32, 3))
+        critic.logits(torch.rand(1, 1, 32, 32, 3))
     norms = [torch.linalg.matrix_norm(m.weight.flatten(1), 2).item() for m in scales]
     assert norms == pytest.approx([1] * 4, abs=0.05)
 
 
 def test_hinge_loss_is_zero_beyond_the_margin_and_one_when_undecided(monkeypatch):
     critic = Critic()
-    monkeypatch.setattr(critic, "judge", lambda frames: frames)
+    monkeypatch.setattr(critic, "logits", lambda frames: frames)
     for real, painted, expected in ((2, -2, 0), (0, 0, 1), (-1, 1, 2), (1, 0, 0.5)):
         assert critic(torch.tensor(float(real)), torch.tensor(float(painted))) == expected
 
@@ -302,7 +302,7 @@ def test_hinge_loss_is_zero_beyond_the_margin_and_one_when_undecided(monkeypatch
 def test_balance_makes_both_losses_pull_equally():
     weight = torch.nn.Parameter(torch.randn(5))
     a, b = (3 * weight).sum(), (weight * torch.randn(5)).sum()
-    share = balance(a, b, weight, ALONE)
+    share = adaptive_weight(a, b, weight, ALONE)
     grads = [torch.autograd.grad(x, weight)[0].norm() for x in (a, b)]
     torch.testing.assert_close(share * grads[1], grads[0], rtol=1e-3, atol=0)  # 1e-4 in the ratio
     assert not share.requires_grad
@@ -534,13 +534,13 @@ def test_the_decoder_learns_at_its_multiple_of_the_rate(train):
 
 
 def test_windows_move_from_step_to_step(train, monkeypatch):
-    whole, places = train_adapter.cut, set()
+    whole, places = train_adapter.crop, set()
 
     def watched(z, frames, cells, seed):
         places.add(whole(torch.arange(64).view(1, 8, 8, 1), None, cells, seed)[0][0, 0, 0].item())
         return whole(z, frames, cells, seed)
 
-    monkeypatch.setattr(train_adapter, "cut", watched)
+    monkeypatch.setattr(train_adapter, "crop", watched)
     train("run", "--crop", "4", "--max_steps", "4")
     assert len(places) > 2
 
@@ -576,7 +576,7 @@ def test_a_decoder_of_another_size_is_refused(train):
 
 
 def test_losses_that_are_not_finite_are_skipped_and_counted(train, monkeypatch):
-    whole, calls = train_adapter.compare, []
+    whole, calls = train_adapter.loss_terms, []
 
     def poisoned(*args):
         calls.append(1)
@@ -584,7 +584,7 @@ def test_losses_that_are_not_finite_are_skipped_and_counted(train, monkeypatch):
         bad = len(calls) == 2
         return {n: (w, v * (float("nan") if bad else 1.0)) for n, (w, v) in terms.items()}
 
-    monkeypatch.setattr(train_adapter, "compare", poisoned)
+    monkeypatch.setattr(train_adapter, "loss_terms", poisoned)
     folder = train("run", "--max_steps", "4")
     assert [row["skipped"] for row in rows(folder) if row["loss"]] == ["0", "1", "1", "1"]
     state = load_torch(folder / "last.pt")
@@ -593,10 +593,10 @@ def test_losses_that_are_not_finite_are_skipped_and_counted(train, monkeypatch):
 
 
 def test_ten_bad_losses_in_a_row_stop_the_run_with_names_and_a_checkpoint(train, monkeypatch):
-    whole = train_adapter.compare
+    whole = train_adapter.loss_terms
     monkeypatch.setattr(
         train_adapter,
-        "compare",
+        "loss_terms",
         lambda *a: {n: (w, v * math.inf) for n, (w, v) in whole(*a).items()},
     )
     with pytest.raises(InputError, match=r"step 10: ten losses .*00000000\d.safetensors.*--resume"):

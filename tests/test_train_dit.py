@@ -178,7 +178,7 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(episodes, tmp_path, c
 def loaded(folder: Path, fixed: dict, episodes: int = 10, **parts) -> SimpleNamespace:
     """Load a checkpoint as a run of so many episodes and these parts does."""
     run = SimpleNamespace(folder=folder, parts=parts, fixed=fixed, dataset=range(episodes))
-    run.say, (run.skipped, run.in_a_row) = print, torch.zeros(2)
+    run.print0, (run.skipped, run.in_a_row) = print, torch.zeros(2)
     run.proc = data.Processes(0, 1, torch.device("cpu"))
     data.Run.load(run)
     return run
@@ -440,7 +440,7 @@ def test_a_finished_run_resumed_by_its_own_command_adds_nothing(episodes, tmp_pa
 def test_shares_of_data_sets_are_those_of_the_flag():
     args = train_dit.Args(subset_names="a,b", subset_weights="3,1")
     alone = Processes(0, 1, torch.device("cpu"))
-    assert data.choose_clips(args, alone).weights == [3.0, 1.0]
+    assert data.prepare_data(args, alone).weights == [3.0, 1.0]
 
 
 def test_an_error_does_not_wait_for_loader_processes(episodes, tmp_path):
