@@ -384,7 +384,7 @@ def write_gif(path: str | Path, frames: torch.Tensor | np.ndarray, fps: float = 
 
 # --- Episode files: JPEG bytes of every view and frame, actions, metadata; and their index.
 
-ACTION_DIM = 10  # xyz (3), rotation (3), gripper (1: -1 open, +1 closed), base (3)
+ACTION_DIM = 10  # xyz, rotation, gripper (-1 open, +1 closed), base (3; the last: "no action")
 FILE = "{:09d}.safetensors"  # the name of an episode, by its number
 REMEDY = "remove the folder of the data set and convert it again"
 MEND = "mend the image or leave out its episode"
@@ -619,6 +619,13 @@ def map_actions(raw: np.ndarray, mapping: str) -> np.ndarray:
     if gripper != "raw":
         out[..., 6] = 1 - 2 * (raw[..., 6] > 0.8 if gripper == "policy" else np.round(raw[..., 6]))
     return out
+
+
+def null_action(actions: torch.Tensor) -> torch.Tensor:
+    """Give "no action" for all actions (..., A): zeros, but the last entry, its flag, is 1."""
+    null = torch.zeros_like(actions)
+    null[..., -1] = 1
+    return null
 
 
 def raw_action(action: Any) -> np.ndarray:

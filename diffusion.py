@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from data import InputError, config_from
+from data import InputError, config_from, null_action
 
 HISTORY_NOISE = 0.3  # standard deviation of the noise strength on history frames in training
 DDPM_LEVELS, DDPM_CONTEXT_LEVEL = 1000, 14
@@ -73,13 +73,6 @@ def draw(
     (index, count), B, device = shard, shape[0], (generator or like).device
     drawn = kind((count * B, *shape[1:]), generator=generator, device=device)
     return drawn[index * B : (index + 1) * B].to(like.device)
-
-
-def null_action(actions: Tensor) -> Tensor:
-    """Give "no action" for all actions (..., A): zeros, last entry 1."""
-    null = torch.zeros_like(actions)
-    null[..., -1] = 1
-    return null
 
 
 def branches(x: Tensor, guidance: float, null: Callable = lambda x: x) -> Tensor:

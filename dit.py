@@ -314,14 +314,13 @@ class DiT(nn.Module):
     def forward(
         self, z: Tensor, tau: Tensor, actions: Tensor, drop: Tensor | None = None
     ) -> Tensor:
-        (B, T), last = z.shape[:2], self.config.action_dim - 1
+        B, T = z.shape[:2]
         if T > self.config.max_frames:
             raise InputError(f"DiT got {T} frames, over max_frames={self.config.max_frames}")
         if drop is None and self.training and self.config.action_dropout > 0:
             drop = torch.rand(B, device=z.device) < self.config.action_dropout
         if drop is not None:
-            null = (torch.arange(last + 1, device=z.device) == last).to(actions.dtype)
-            actions = torch.where(drop[:, None, None], null, actions)
+            actions = torch.where(drop[:, None, None], data.null_action(actions), actions)
         attend = ATTEND[self.config.temporal_mode]
         return self._run(z, self.modulations(tau, actions), 0, lambda layer, *qkv: attend(*qkv))
 

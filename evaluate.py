@@ -47,6 +47,7 @@ from diffusion import OBJECTIVES
 from dit import load_dit, merge_views
 from encoders import EncoderConfig
 from world_model import (
+    DETERMINISTIC,
     DIVERGED,
     PLANNERS,
     SEARCHED,
@@ -63,11 +64,11 @@ PIXELS = ("psnr", "ssim", "lpips", "t_lpips", *DISTANCES, "pck", "pck_patch")
 SIMULATED = ("counterfactual", "objects", "goal")  # need episodes of the toy world
 METRICS = (*PIXELS, "controllability", "idm", "probe", "policy", *SIMULATED)
 KINDS = ("model", "ceiling", "copy", "shuffled")  # what pixel metrics are measured on
-LOWER = r"(t_)?lpips|f[iv]d|(cem|gradient|grid)_k|counterfactual_error|objects_(gripper|blocks)"
-CURVES = r"psnr|ssim|(t_)?lpips|pck(_patch)?(_coverage.*|(_moving)?@10)"  # drawn step by step
+LOWER = r"(t_)?lpips|counterfactual_error|objects_(gripper|blocks)"  # is better; as of distances
+CURVES = "|".join({*PIXELS} - {*DISTANCES} | {"pck(_patch)?(_coverage.*|(_moving)?@10)"})
 AXES = {  # rows that --compare sets side by side
-    "Pixels": r"psnr|ssim|(t_)?lpips|f[iv]d\w*|pck(_patch)?@10",
-    "Control": r"(cem|gradient|grid|idm_r|goal)_k\d+(_zero)?(_xyz)?",
+    "Pixels": "|".join((*PIXELS, "pck(_patch)?@10")),
+    "Control": rf"({'|'.join(PLANNERS)}|idm_r|goal)_k\d+(_zero)?(_xyz)?",
     "Semantics": r"probe_\w+_balanced_accuracy|success_rate",
     "Simulator": r"(counterfactual|objects)_\w+",
 }
@@ -744,7 +745,8 @@ def make_row(name: str, statistic: str, kinds: dict[str, Tensor]) -> dict:
     l2       (N, k, D)      errors of k actions               pearson  (N, n, 2, D) read and true
     frechet  (processes, D + 1, D + 1)   sums of `gram`       others   (N, 2)  label and score
     """
-    row, model = {"better": "lower" if re.match(LOWER, name) else "higher"}, kinds["model"]
+    lower = statistic in ("l2", "frechet") or re.match(LOWER, name)
+    row, model = {"better": "lower" if lower else "higher"}, kinds["model"]
     if statistic == "frechet":
         real, *grams = (kinds[kind].sum(0) for kind in ("real", *KINDS))
         if real[0, 0] < 2:
@@ -1126,7 +1128,7 @@ class Evaluation:
                 raise Unavailable("t_lpips: RAFT needs frames of 128 pixels or more, in eights")
             change = load_t_lpips(*where)
             return lambda real, video: {name: change(real[:, n - 1 :], video[:, n - 1 :])}
-        score = {"psnr": psnr, "ssim": ssim}.get(name) or load_lpips(*where)
+        score = load_lpips(*where) if name == "lpips" else {"psnr": psnr, "ssim": ssim}[name]
 
         def by_frame(*clips: Tensor) -> dict[str, Tensor]:
             values = score(*(x[:, n:].flatten(0, 1) for x in clips))
@@ -1197,7 +1199,7 @@ class Evaluation:
         if not truth:
             start[:, dims] = 0
         known = self.model.dit, self.model.objective, z[:n], actions[: n - 1]
-        options = self.cem | {"generator": random} if method == "cem" else {}
+        options = {} if method in DETERMINISTIC else self.cem | {"generator": random}
         costs = {"model": candidate_cost(*known, z[n : n + k], noise, last)}
         costs["no signal"] = functools.partial(random_cost, random)
         if method == "gradient":

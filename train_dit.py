@@ -18,7 +18,7 @@ import functools
 import math
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +45,7 @@ FIXED = (  # what resuming may not change
     "objective standardize freeze seed subset_weights"
 ).split()
 # GFLOP per 256x256 frame, 2 per multiply-add, of the encoders in the paper's table 4.
-ENCODER_GFLOP = {"vae": 270.8, "vavae": 137.9, "cosmos": 47.6, "vjepa2": 154.7}
+ENCODER_GFLOP = {"pixels": 0, "vae": 270.8, "vavae": 137.9, "cosmos": 47.6, "vjepa2": 154.7}
 ENCODER_GFLOP |= {"scale_rae_webssl": 155.8, "scale_rae_siglip": 211.9}
 BRIDGE_CLIPS, BRIDGE_FRAMES, DRY_MFU = 51_000, 2e6, 0.3  # clips an epoch, frames; assumed share
 
@@ -119,6 +119,8 @@ class Args:
             raise InputError("ema must be at most 1, num_history below num_frames")
         if (self.adapter_type == "identity") != (self.adapter_checkpoint_path is None):
             raise InputError("adapter_type mlp or svae and adapter_checkpoint_path go together")
+        if self.objective == "ddpm" and self.time_dist != "logit_normal":
+            raise InputError("time_dist: DDPM's levels are uniform; leave it out")
 
 
 TOY = Args(  # 64 tokens a frame and two layers: a step of 80 clip frames takes 0.3 s on two cores
@@ -241,16 +243,11 @@ def freeze(dit: DiT, prefixes: str) -> list[str]:
 def make_dit_config(args: Args, channels: int, frames: int, action_dim: int = 10) -> DiTConfig:
     """Shape the network for clips of so many latent frames and channels; the paper fills gaps."""
     native = ENCODERS[args.encoder_type][3] == "yes" and args.adapter_type == "identity"
-    names = ("temporal_mode", "num_views", "view_rope", "action_dropout")
-    return DiTConfig(
-        in_channels=channels,
-        patch_size=args.dit_patch or (2 if args.encoder_type == "vae" else 1),
-        **DIT_SIZES[args.dit_size],
-        action_dim=action_dim,
-        max_frames=frames,
-        wide_head=native if args.wide_head is None else args.wide_head,
-        **{name: getattr(args, name) for name in names},
-    )
+    flags = {f.name: getattr(args, f.name) for f in fields(DiTConfig) if f.name in vars(args)}
+    flags["wide_head"] = native if args.wide_head is None else args.wide_head
+    patch = args.dit_patch or (2 if args.encoder_type == "vae" else 1)
+    given = dict(in_channels=channels, patch_size=patch, action_dim=action_dim, max_frames=frames)
+    return DiTConfig(**flags, **given, **DIT_SIZES[args.dit_size])
 
 
 def count_costs(config: DiTConfig, h: int, w: int) -> tuple[int, float, float]:
@@ -288,7 +285,7 @@ def dry_run(args: Args, world: int) -> None:
     C = args.adapter_latent_dim or (C if args.adapter_type == "identity" else 96)
     count, forward, kept = count_costs(make_dit_config(args, C, T), h, w)
     encoder = 0 if args.cache_latents else 1e9 * ENCODER_GFLOP.get(kind, 0) * V * scale**2
-    said = f"{encoder / 1e9:.1f} GFLOP a frame" if kind not in ("rae", "qwen") else "not counted"
+    said = f"{encoder / 1e9:.1f} GFLOP a frame" if kind in ENCODER_GFLOP else "not counted"
     clip, cells = T * (3 * forward + encoder), V * h * w * C  # FLOPs; numbers in a frame's latent
     clips = args.batch_size * args.grad_accum * world
     parts = {"weights": 4 * count, "gradients": 4 * count, "AdamW": 8 * count, "average": 4 * count}

@@ -209,6 +209,7 @@ def plan_grid(cost: Cost, start: Tensor, dims: Sequence[int] = range(3), points:
 
 
 PLANNERS = {"cem": plan_cem, "gradient": plan_gradient, "grid": plan_grid}
+DETERMINISTIC = "gradient", "grid"  # the others draw, from a generator
 
 
 def candidate_cost(
@@ -538,7 +539,7 @@ class WorldModel:
         noise = draw(torch.randn, (horizon, *z_goal.shape[1:]), z_goal, generator)
         parts = self.dit, self.objective, self.z[0], self.actions[0, :-1], z_goal, noise
         start = torch.zeros(horizon, self.action_dim) if start is None else torch.as_tensor(start)
-        options = {"generator": generator} | options if method == "cem" else options
+        options = options if method in DETERMINISTIC else {"generator": generator} | options
         return PLANNERS[method](candidate_cost(*parts), start.to(self.z), **options)[0]
 
 

@@ -611,6 +611,23 @@ def test_gradient_and_grid_search_report_their_errors_and_limits(measure_world):
     assert rows["grid_k4"]["value"] is None and "candidates" in rows["grid_k4"]["reason"]
 
 
+def test_a_planner_of_ones_own_is_measured_as_the_others_are(measure_world, monkeypatch, tmp_path):
+    monkeypatch.setitem(evaluate.PLANNERS, "mine", evaluate.PLANNERS["cem"])
+    flags = {"metrics": "controllability", "searches": "mine", **SEARCH}
+    one, other = (measure_world(**flags, output_dir=str(tmp_path / name)) for name in "ab")
+    row = one["metrics"]["mine_k1"]
+    assert row["better"] == "lower" and row["minus"]["no signal"][1][1] < 0
+    assert row["samples"] == other["metrics"]["mine_k1"]["samples"]  # it draws with the seed
+
+
+def test_a_metric_without_a_function_is_not_measured_by_another(measure_world, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_lpips", lambda *_: evaluate.psnr)
+    monkeypatch.setattr(evaluate, "PIXELS", (*evaluate.PIXELS, "mine"))
+    monkeypatch.setattr(evaluate, "METRICS", (*evaluate.METRICS, "mine"))
+    with pytest.raises(KeyError, match="mine"):
+        measure_world(metrics="mine")
+
+
 def test_costs_without_a_gradient_are_no_signal(measure_world, tmp_path, capsys):
     flags = {"metrics": "controllability", "searches": "gradient", "windows": 4}
     rows = measure_world(deaf=True, **flags)["metrics"]

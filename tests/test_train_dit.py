@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import ctypes
+import dataclasses
 import gc
 import json
 import math
@@ -739,6 +740,7 @@ def test_the_world_model_file_repeats_the_training_time_sample(episodes, straigh
         (["--dataset_dir", "nowhere"], "nowhere"),
         (["--encoder_type", "vaee"], "'vaee' is none of pixels"),
         (["--device", "gpu"], "'gpu' cannot be used"),
+        (["--objective", "ddpm", "--time_dist", "uniform"], "time_dist: DDPM"),
         (["--subset_names", "mini,other"], "other"),
         (["--num_history", "9"], "num_history"),
         (["--save_every", "0"], "save_every"),
@@ -776,6 +778,16 @@ def test_an_encoder_of_frame_pairs_wants_even_clips_and_histories(episodes, tmp_
     for flags in (("--num_frames", "6", "--num_history", "1"), ("--num_history", "2")):
         with pytest.raises(InputError, match="num_frames and num_history need multiples"):
             train(episodes, tmp_path / "run", "--cache_latents", "false", *flags)
+
+
+def test_flags_of_the_network_are_its_config():
+    args = train_dit.Args(temporal_mode="joint", num_views=3, view_rope="official", wide_head=True)
+    args.action_dropout = 0.3
+    config = train_dit.make_dit_config(args, 4, 10)
+    for field in dataclasses.fields(config):
+        if field.name in vars(args):
+            assert getattr(config, field.name) == getattr(args, field.name)
+    assert (config.num_views, config.action_dropout, config.wide_head) == (3, 0.3, True)
 
 
 def test_a_dry_run_reads_nothing_and_scales_with_gpus_and_cache(capsys):
