@@ -1,5 +1,6 @@
 """What a GPU would refuse, or have to be waited for: found on a device that computes on the CPU."""
 
+import csv
 import json
 import re
 import sys
@@ -14,7 +15,7 @@ from second_device import needed
 import data
 from data import ToyConfig, generate_toy
 
-SHAPE = "--device second --subset_names toy --image_size 32 --num_frames 4 --batch_size 2 --seed 3 "
+SHAPE = "--subset_names toy --image_size 32 --num_frames 4 --batch_size 2 --seed 3 "
 SHAPE += "--bf16 false --compile false --log_every 99 --val_every 99 --save_every 99 --val_clips 2"
 pytestmark = needed
 
@@ -43,9 +44,9 @@ def watched(module) -> None:
         module.DIT_SIZES["T"] = {"dim": 48, "depth": 2, "heads": 2}
 
 
-def train(script: str, episodes: Path, folder: Path, words: str) -> Counter:
-    """Train on the device; return what the host waited for, and how often."""
-    words = ["toy", *SHAPE.split(), *words.split(), "--dataset_dir", episodes]
+def train(script: str, episodes: Path, folder: Path, words: str, device="second") -> Counter:
+    """Train on a device; return what the host waited for, and how often."""
+    words = ["toy", *SHAPE.split(), *words.split(), "--dataset_dir", episodes, "--device", device]
     log = folder.with_name(f"{folder.name}.txt")
     text = finish(start(script, [*words, "--output_dir", folder], log, 1, watched), log)
     found = re.findall(r"^waited (\d+) times: (.*)$", text, re.MULTILINE)
@@ -61,10 +62,19 @@ def train(script: str, episodes: Path, folder: Path, words: str) -> Counter:
         ("train_adapter", "--use_pixel_decoder false --cache_latents true --crop 2"),
     ],
 )
-def test_a_training_step_never_waits_for_the_device(episodes, tmp_path, script, words):
+def test_training_never_waits_for_the_device_and_learns_as_on_the_cpu(
+    episodes, tmp_path, script, words
+):
     short = train(script, episodes, tmp_path / "short", f"{words} --max_steps 2")
     long = train(script, episodes, tmp_path / "long", f"{words} --max_steps 5")
     assert short and not long - short, long - short
+    train(script, episodes, tmp_path / "cpu", f"{words} --max_steps 5", "cpu")
+    logs = (tmp_path / name / "log.csv" for name in ("long", "cpu"))
+    (one, *_), (other, *_) = (csv.DictReader(log.open()) for log in logs)
+    names = [name for name in one if "grad" in name or name in ("loss", "gan", "critic")]
+    names = [name for name in names if other[name]]
+    values = [[float(row[name]) for name in names] for row in (one, other)]
+    assert values[0] == pytest.approx(values[1], rel=2e-3)  # Adam's first steps are mere signs
 
 
 def dream_on_it(module) -> None:
