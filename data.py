@@ -1607,7 +1607,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
     dataset[i]        clip of the i-th kept episode, starting where (seed, 0, i) says
     dataset[draw, i]  the same episode at another start; ClipSampler counts `draw` up every epoch
     fingerprint       of the latent cache to serve instead of frames
-    as_bytes          serve uint8 frames: a quarter of the memory, and in range without a look
+    as_stored         serve uint8 frames or bfloat16 latents: less to move, and in range for sure
 
     Opening reads the index only; an item opens its own file and reads its own frames' bytes.
     Raises InputError where a data set, a usable episode or a complete cache is missing.
@@ -1618,10 +1618,10 @@ class EpisodeDataset(torch.utils.data.Dataset):
         config: DataConfig,
         split: str,
         fingerprint: str | None = None,
-        as_bytes: bool = False,
+        as_stored: bool = False,
     ):
         self.config, self.split, self.fingerprint = config, split, fingerprint
-        self.convert = torch.from_numpy if as_bytes else to_floats
+        self.convert = torch.as_tensor if as_stored else to_floats
         span = (config.num_frames - 1) * (config.stride if config.sampling == "stride" else 1)
         self.dropped, self.sizes = {"missing view": 0, "too short": 0}, []
         self.entries, headers = [], []
@@ -1692,7 +1692,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         return folder / f"latents_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def read_latents(self, episode: Episode, times: np.ndarray) -> torch.Tensor:
-        """Read the latents of a clip's frames, and no other bytes: (V, T, h, w, C) float32."""
+        """Read the latents of a clip's frames, and no other bytes: (V, T, h, w, C)."""
         path, shape = episode.path, [len(self.config.views), len(episode)]
         cached = self.latent_folder(path.parent) / path.name
         remedy = "remove it, then --cache_latents true writes it again"
@@ -1702,7 +1702,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
             made_of = {"fingerprint": self.fingerprint, "jpeg_bytes": int(episode.offsets[-1])}
             if found != ("BF16", 5, shape, made_of):
                 raise ValueError(f"stale latents, {found}, not {made_of}")
-            return torch.cat([rows[:, t : t + 1] for t in times.tolist()], dim=1).float()
+            return self.convert(torch.cat([rows[:, t : t + 1] for t in times.tolist()], dim=1))
 
 
 def write_latent_cache(

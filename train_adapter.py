@@ -399,18 +399,18 @@ def main() -> None:
 
     # 3. Data: frames, cached features, or both.
     config = prepare_data(args, proc, num_history=0)
-    train_set = EpisodeDataset(config, "train", as_bytes=True)
+    train_set = EpisodeDataset(config, "train", as_stored=True)
     test_set = EpisodeDataset(config, "test")
     served = {"frames": train_set} if args.use_pixel_decoder or not args.cache_latents else {}
     if args.cache_latents:
         name = encoder.fingerprint
         data.fill_cache(config, proc, name, encoder.encode, encoder.temporal_stride)
-        served["z"] = EpisodeDataset(config, "train", name)
+        served["z"] = EpisodeDataset(config, "train", name, as_stored=True)
 
     def encode_batch(batch: dict[str, Clip]) -> tuple[Tensor, Tensor | None]:
         """Return features and frames, views folded: (B V, T, h, w, D), (B V, T, H, W, 3)."""
         x = {n: c.frames.to(device, non_blocking=True).flatten(0, -5) for n, c in batch.items()}
-        z = x["z"] if "z" in x else encoder.encode(x["frames"])
+        z = x["z"].float() if "z" in x else encoder.encode(x["frames"])
         return z, data.to_floats(x["frames"]) if "frames" in x else None
 
     def one_by_one(dataset: EpisodeDataset) -> Iterable[tuple[Tensor, Tensor]]:

@@ -352,7 +352,7 @@ def main() -> None:
         data.fill_cache(config, proc, cached, space.encode_unscaled, space.temporal_stride)
         if args.cache_only:
             return proc.cleanup()
-    train_set = EpisodeDataset(config, "train", cached, as_bytes=True)
+    train_set = EpisodeDataset(config, "train", cached, as_stored=True)
     shown = replace(config, variable_history=False)
     clips = spread_clips(EpisodeDataset(shown, "test"), args.val_clips)
     train_clips = spread_clips(EpisodeDataset(shown, "train"), 4)

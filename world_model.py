@@ -67,7 +67,8 @@ class LatentSpace(nn.Module):
 
     def scale(self, features: Tensor) -> Tensor:
         """Turn `features`, fresh or cached, into z: (B, [V,] T', h, w, C) -> (B, T', h, V w, C)."""
-        z = features if self.mean is None else (features - self.mean) / self.std
+        z = features.float()  # of the cache: bfloat16
+        z = z if self.mean is None else (z - self.mean) / self.std
         return merge_views(z) if self.num_views > 1 else z
 
     def unscale(self, z: Tensor) -> Tensor:

@@ -1293,6 +1293,17 @@ def test_cache_serves_the_encoder_s_output_without_the_encoder(tmp_path, views):
         assert torch.equal(actions, frames[key].actions)
 
 
+@pytest.mark.parametrize("latents", [None, "fp"])
+def test_clips_as_stored_are_those_of_floats(tmp_path, latents):
+    make_dataset(tmp_path, [9])
+    cache(tmp_path)
+    floats = opened(tmp_path, latents=latents)
+    stored = data.EpisodeDataset(floats.config, "train", latents, as_stored=True)
+    (one, actions), (other, same) = stored[0], floats[0]
+    assert (one.dtype, other.dtype) == (torch.bfloat16 if latents else torch.uint8, torch.float32)
+    assert torch.equal(data.to_floats(one), other) and torch.equal(actions, same)
+
+
 def test_partial_and_stale_caches_are_refused(tmp_path):
     make_dataset(tmp_path, [9, 8, 7])
     with pytest.raises(data.InputError, match="no complete latent cache"):
