@@ -327,6 +327,17 @@ def clips(args, folder: Path, episodes: list[list[bytes]]) -> None:
         times = [(clock[name], clock[name] / clock[first]) for clock in (wall, busy)]
         row(name, *(f"{x:.1f}" for ms, ratio in times for x in (1e3 * ms, ratio)))
 
+    def loader(as_stored: bool) -> Callable:
+        served = data.EpisodeDataset(dataset.config, "train", as_stored=as_stored)
+        options = {"sampler": data.ClipSampler(served, 4), "batch_size": None, "num_workers": 2}
+        batches = iter(torch.utils.data.DataLoader(data.BatchDataset(served), **options))
+        return lambda: [next(batches) for _ in range(16)]  # more than are fetched in advance
+
+    kinds = alternate({"floats": loader(False), "uint8": loader(True)}, args.rounds)
+    row("four clips from two processes", "ms", "x uint8")
+    for name, seconds in kinds.items():
+        row(name, f"{1e3 * seconds / 16:.1f}", f"{seconds / kinds['uint8']:.1f}")
+
 
 def conversion(args, folder: Path, frames: list[bytes]) -> None:
     """Time converting six shards of 16 episodes against copying what came out."""
