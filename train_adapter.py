@@ -13,7 +13,7 @@
 Stage `svae` paints from a detached u: pixels do not shape the latent; `psvae` lets them. Defaults
 are those of arXiv 2605.06388, appendix B. All that is random (clips, posterior draws) is a function
 of the seed and the sample's number: a resumed run is the same run, and N processes compute what one
-would. Writes adapter.safetensors, last.pt, log.csv and sample_*.png: real | painted | PCA colours
+would. Writes adapter.safetensors, last.pt, log.csv and sample_*.png: real | decoded | PCA colours
 of the features before | after the adapter.
 """
 
@@ -224,7 +224,7 @@ def load_lpips(device: torch.device) -> nn.Module:
 
 
 class Critic(nn.Module):
-    """Tell real frames from painted ones, patch by patch: PatchGAN with spectral and batch norm."""
+    """Tell real frames from decoded ones, patch by patch: PatchGAN with spectral and batch norm."""
 
     def __init__(self):
         super().__init__()
@@ -255,7 +255,7 @@ class Autoencoder(nn.Module):
         self.adapter, self.pixel_decoder, self.joint = adapter, pixel_decoder, joint
 
     def forward(self, z: Tensor, eps: Tensor) -> tuple:
-        """Return z', mean, logvar (if any) and, with a pixel decoder, painted frames."""
+        """Return z', mean, logvar (if any) and, with a pixel decoder, decoded frames."""
         mean, logvar = (x if x is None else x.float() for x in self.adapter.posterior(z))
         u = self.adapter.refine(mean if logvar is None else mean + torch.exp(0.5 * logvar) * eps)
         z_rec, decoded = self.adapter.decode(u).float(), None
@@ -272,7 +272,7 @@ def loss_terms(
     kl_weight: float,
     lpips: nn.Module | None = None,
 ) -> dict[str, tuple]:
-    """Compare reconstructed features and painted frames with true ones: {name: (weight, value)}."""
+    """Compare reconstructed features and decoded frames with true ones: {name: (weight, value)}."""
     z_rec, mean, logvar, decoded = out
     terms = {"mse": (1.0, F.mse_loss(z_rec, z))}
     terms["cosine"] = (args.cosine_weight, 1 - F.cosine_similarity(z_rec, z, dim=-1).mean())
@@ -360,7 +360,7 @@ def validate(
 
 
 def write_picture(path: Path, shown: list, pca: tuple) -> None:
-    """Write a row for each frame that `validate` shows: real | painted | features before | after.
+    """Write a row for each frame that `validate` shows: real | decoded | features before | after.
 
     The colours of the features are their first three principal components, the same in both.
     """
