@@ -1219,16 +1219,17 @@ class Evaluation:
             raise Unavailable("idm: the split 'train' has one usable episode; convert more")
         yield
         n, (*bank, cut) = self.n, self.bank(clips)
-        for k in self.horizons:
-            net, starts = self.fit_idm(k, *bank), range(n - 1, self.config.num_frames - k, k)
-            for clips, real, actions, _ in self.batches(f"idm k={k}"):
-                dreamed = self.dreamed_features(self.dream(self.space.encode(real), actions, clips))
+        nets = {k: self.fit_idm(k, *bank) for k in self.horizons}
+        for clips, real, actions, _ in self.batches("idm"):
+            dreamed = self.dreamed_features(self.dream(self.space.encode(real), actions, clips))
+            features = {"model": dreamed, "real": self.real_features(real)}
+            features = {kind: z.flatten(2, 3) for kind, z in features.items()}
+            for (k, net), (kind, z) in itertools.product(nets.items(), features.items()):
+                starts = range(n - 1, self.config.num_frames - k, k)
                 true = torch.cat([actions[:, s : s + k, :6] for s in starts], 1)
-                for kind, z in (("model", dreamed), ("real", self.real_features(real))):
-                    z = z.flatten(2, 3)
-                    read = torch.cat([net(z[:, s : s + k + 1])[..., :6] for s in starts], 1)
-                    pairs = zip(clips, torch.stack([read, true], 2), strict=True)
-                    self.out.samples["pearson", f"idm_r_k{k}", kind] |= pairs
+                read = torch.cat([net(z[:, s : s + k + 1])[..., :6] for s in starts], 1)
+                pairs = zip(clips, torch.stack([read, true], 2), strict=True)
+                self.out.samples["pearson", f"idm_r_k{k}", kind] |= pairs
         note = f"learned from {len(bank[0])} clips" + f", all that {BANK >> 20} MiB hold" * cut
         yield {k: row | {"note": note} for k, row in self.out.rows().items()}
 
