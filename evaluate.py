@@ -940,11 +940,6 @@ def open_model(args: Args, device: Device) -> WorldModel:
     return WorldModel((*parts, RELEASED), device)
 
 
-def random_cost(generator: torch.Generator, actions: Tensor) -> Tensor:
-    """Tell nothing about actions (N, k, A): random costs (N,)."""
-    return torch.randn(actions.shape, generator=generator).to(actions).sum((1, 2))
-
-
 class Evaluation:
     """Measure one model on one split; clips are counted by their place in `infos`.
 
@@ -1201,7 +1196,7 @@ class Evaluation:
         known = self.model.dit, self.model.objective, z[:n], actions[: n - 1]
         options = {} if method in DETERMINISTIC else self.cem | {"generator": random}
         costs = {"model": candidate_cost(*known, z[n : n + k], noise, last)}
-        costs["no signal"] = functools.partial(random_cost, random)
+        costs["no signal"] = lambda a: torch.randn(a.shape, generator=random).to(a).sum((1, 2))
         if method == "gradient":
             slope = torch.randn(start.shape, generator=random).to(start)
             costs["no signal"] = lambda actions: (actions * slope).sum((1, 2))
