@@ -1286,13 +1286,12 @@ class Evaluation:
         return infos
 
     @functools.cached_property
-    def probe_kinds(self) -> list[str]:
-        """Name the success probes that can be trained; the one that reads text needs an encoder."""
+    def readers(self) -> dict[str, Callable]:
+        """Name the success probes that can be trained, and how each reads sentences, if it does."""
         self.labelled("train", 2), self.labelled(self.args.split, 2)
-        kinds = [kind for kind in DEPTHS if kind not in ("idm", "text")]
+        kinds = {kind: lambda words: None for kind in DEPTHS if kind not in ("idm", "text")}
         with self.needing("probe_text"):
-            self.text = load_text_encoder(self.args.text_weights, self.device)
-            kinds.append("text")
+            kinds["text"] = load_text_encoder(self.args.text_weights, self.device)
         return kinds
 
     def pooled(self, features: Tensor) -> Tensor:
@@ -1316,27 +1315,26 @@ class Evaluation:
         words = np.array([info["language"] for info in infos])
         steps = min(args.max_steps, 50 * math.ceil(len(x) / 32))
 
-        def read(p: np.ndarray, embed_text: Callable) -> tuple[Tensor, Tensor | None]:
-            return x[p], embed_text(words[p])
+        for kind, reader in self.readers.items():
 
-        for kind in self.probe_kinds:
+            def read(p: np.ndarray, reader: Callable = reader) -> tuple[Tensor, Tensor | None]:
+                return x[p], reader(words[p])
+
             torch.manual_seed(args.seed)
-            embed_text = self.text if kind == "text" else lambda words: None
-            text_dim = embed_text(words[:1]).shape[-1] if kind == "text" else 1
+            text_dim = reader(words[:1]).shape[-1] if kind == "text" else 1
             net = Probe(kind, x.shape[1:], args.probe_width * 3 // 4, text_dim).to(self.device)
-            sample = functools.partial(read, embed_text=embed_text)
-            score = train_probe(net, sample, y, held, steps, 1e-3)
+            score = train_probe(net, read, y, held, steps, 1e-3)
             probes[kind], net.score = net, score
         return probes
 
     def judge(self, kind: str, features: Tensor, sentence: str) -> Tensor:
         """Score clips of one instruction by a success probe: (B, 8, h, w, C) -> (B,)."""
-        text = self.text([sentence] * len(features)) if kind == "text" else None
+        text = self.readers[kind]([sentence] * len(features))
         return self.trained_probes[kind].judge(self.pooled(features), text)
 
     def probe(self) -> Iterator[dict]:
         """Judge real and dreamed test episodes by the probes that learned from real ones."""
-        label = f"probe {' '.join(self.probe_kinds)}"
+        label = f"probe {' '.join(self.readers)}"
         yield
         infos, probes = self.labelled(self.args.split, self.args.num_episodes), self.trained_probes
         for i, info in self.out.shard([*enumerate(infos)], label):
@@ -1362,7 +1360,7 @@ class Evaluation:
             raise InputError(f"--policy {args.policy}: {error}; mend it") from error
         if not callable(policy):
             raise InputError(f"--policy {args.policy}: there is no such function")
-        label = f"policy {' '.join(self.probe_kinds)}"
+        label = f"policy {' '.join(self.readers)}"
         yield
         won = self.out.samples["share", "success_rate", "model"]
         infos = self.labelled(args.split, args.policy_starts)
