@@ -975,9 +975,7 @@ class Evaluation:
         moved = self.actions.flatten(0, 1).std(0)
         self.dims = [d for d in SEARCHED if moved[d] > 0]  # the others never change
         if not self.dims:
-            raise InputError(
-                f"{where}: all actions are equal: none can matter; give other episodes"
-            )
+            raise InputError(f"{where}: all actions are equal; give episodes that differ in them")
         weights = hashlib.sha256(self.space.fingerprint.encode())
         for x in self.model.dit.state_dict().values():
             weights.update(x.cpu().numpy().tobytes())
