@@ -61,25 +61,22 @@ class Args:
 
 def draw_vjepa(dim: int, depth: int, patch: int) -> dict[str, Tensor]:
     """Draw the weights of a V-JEPA 2.1 encoder, under the names of the released file."""
-
-    def linear(name: str, *shape: int) -> dict[str, Tensor]:
-        weight = nn.init.trunc_normal_(torch.empty(shape), std=0.02)
-        return {f"{name}.weight": weight, f"{name}.bias": torch.zeros(shape[0])}
-
-    def norm(name: str) -> dict[str, Tensor]:
-        return {f"{name}.weight": torch.ones(dim), f"{name}.bias": torch.zeros(dim)}
-
-    state = linear("patch_embed_img.proj", dim, 3, 1, patch, patch)
+    layers = {"patch_embed_img.proj": (dim, 3, 1, patch, patch)}
+    for i in range(depth):
+        block = {"norm1": (dim,), "attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim)}
+        block |= {"norm2": (dim,), "mlp.fc1": (4 * dim, dim), "mlp.fc2": (dim, 4 * dim)}
+        layers |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    layers["norms_block.3"] = (dim,)
+    state = {f"{kind}_mod_embed": torch.zeros(1, 1, dim) for kind in ("img", "video")}
+    for name, shape in layers.items():
+        weight = torch.ones(shape)
+        if len(shape) > 1:  # not of a norm
+            nn.init.trunc_normal_(weight, std=0.02)
+        state |= {f"{name}.weight": weight, f"{name}.bias": torch.zeros(shape[0])}
     frame = state["patch_embed_img.proj.weight"]  # a video of equal frames looks like one frame
     state["patch_embed.proj.weight"] = frame.repeat(1, 1, 2, 1, 1) / 2
     state["patch_embed.proj.bias"] = torch.zeros(dim)
-    state |= {"img_mod_embed": torch.zeros(1, 1, dim), "video_mod_embed": torch.zeros(1, 1, dim)}
-    for i in range(depth):
-        block = f"blocks.{i}."
-        state |= norm(block + "norm1") | linear(block + "attn.qkv", 3 * dim, dim)
-        state |= linear(block + "attn.proj", dim, dim) | norm(block + "norm2")
-        state |= linear(block + "mlp.fc1", 4 * dim, dim) | linear(block + "mlp.fc2", dim, 4 * dim)
-    return state | norm("norms_block.3")
+    return state
 
 
 def train_vjepa(path: Path, dataset_dir: Path, steps: int, batch: int = 64) -> None:
