@@ -686,7 +686,15 @@ def test_inverse_dynamics_reads_each_window_of_real_and_dreamed_futures(
     measure_world, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(evaluate.Evaluation, "fit_idm", lambda *_: PerfectReader())
+    dreamed, dream = [], evaluate.Evaluation.dream
+
+    def count(self, z, actions, seeds):
+        dreamed.extend(seeds)
+        return dream(self, z, actions, seeds)
+
+    monkeypatch.setattr(evaluate.Evaluation, "dream", count)
     rows = measure_world(metrics="idm", horizons="1,2", max_steps=2)["metrics"]
+    assert dreamed == [*range(12)]  # once for both horizons
     for name in ("idm_r_k1", "idm_r_k2"):
         row = rows[name]
         assert row["value"] > 0.98 and row["beside"]["real"] > 0.98  # JPEG noise
