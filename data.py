@@ -890,20 +890,19 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | No
     return min(moves)[1:]
 
 
-def _far_to_near(planes: np.ndarray, corners: np.ndarray, pixels: np.ndarray, eye: np.ndarray):
+def _far_to_near(beyond: np.ndarray, seen: np.ndarray, pixels: np.ndarray) -> list[int]:
     """Sort boxes for painting: of two that meet in the image, a face plane between them decides.
 
-    planes (N, 6, 4) outward normal and offset of each face, corners (N, 8, 3), pixels (N, 8, 2)
+    beyond (N, 6, N) how far box m is off a face of box n, seen (N, 6) faces, pixels (N, 8, 2)
     ->  indices of the boxes
     """
-    gap = np.einsum("nfd,mkd->nfmk", planes[..., :3], corners).min(-1) - planes[:, :, 3, None]
-    face, gap = gap.argmax(1), gap.max(1)  # (N, N): the face of n that best separates m from n
-    outside = np.take_along_axis(planes[..., :3] @ eye > planes[..., 3], face, 1)
+    face, gap = beyond.argmax(1), beyond.max(1)  # (N, N): the face best between n and m
+    outside = np.take_along_axis(seen, face, 1)
     meet = (pixels.min(1)[:, None] < pixels.max(1)).all(-1)
     hides = np.where(gap >= gap.T, outside, ~outside.T) & meet & meet.T  # m may hide n
     hides = hides * np.exp(100 * np.minimum(np.maximum(gap, gap.T), 0))  # hardly, where they join
     order, left = [], hides.sum(0)
-    for _ in planes:  # the box that hides no other one left; in a cycle, the least
+    for _ in seen:  # the box that hides no other one left; in a cycle, the least
         order.append(int(left.argmin()))
         left = left - hides[order[-1]]
         left[order[-1]] = np.inf
@@ -921,7 +920,7 @@ class ToyWorld:
     """
 
     def __init__(self, config: ToyConfig, seed: int | Sequence[int] = 0):
-        self.config, self.seed, rng = config, seed, np.random.default_rng(seed)
+        self.config, rng = config, np.random.default_rng(seed)
         self.names = rng.permutation(config.palette)[: config.blocks].tolist()
         self.names += [f"distractor{i}" for i in range(config.distractors)]
         count, edges = len(self.names), EDGE * rng.uniform(0.6, 1.1, len(self.names))
@@ -1079,7 +1078,7 @@ class ToyWorld:
         corners = centre[:, None] + np.einsum("ka,na,nad->nkd", CORNERS, half, axes)
         normals = np.concatenate([axes, -axes], 1)
         offset = np.einsum("nfd,nd->nf", normals, centre) + np.concatenate([half, half], 1)
-        planes = np.concatenate([normals, offset[..., None]], -1)
+        beyond = np.einsum("nfd,mkd->nfmk", normals, corners).min(-1) - offset[..., None]
         lit = normals @ LIGHT
         fill = (colours[:, None] * (0.52 + 0.48 * np.clip(lit, 0, 1))[..., None]).astype(int)
         fallen = corners - corners[..., 2:] / LIGHT[2] * LIGHT  # the corners' shadows
@@ -1092,7 +1091,7 @@ class ToyWorld:
             for shadow in shadows.tolist():
                 paint.polygon(shadow, fill=1)
             image.paste(dark, mask=mask)
-            for i in _far_to_near(planes, corners, pixels, eye):
+            for i in _far_to_near(beyond, seen, pixels):
                 for face in np.flatnonzero(seen[i]):
                     polygon = pixels[i, FACES[face]].ravel().tolist()
                     draw.polygon(polygon, fill=tuple(fill[i, face].tolist()))
