@@ -64,7 +64,9 @@ from tqdm import tqdm
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-NO_PLACE = "EACCES EPERM EROFS ENOTDIR EISDIR EEXIST EFBIG".split()
+NO_PLACE = [getattr(errno, e) for e in "EACCES EPERM EROFS ENOTDIR EISDIR EEXIST EFBIG".split()]
+DISK_REMEDIES = dict.fromkeys(DISK_FULL, "; free space, run again")
+DISK_REMEDIES |= dict.fromkeys(NO_PLACE, "; mend its permissions or name another place")
 PLAIN_TYPES = {"str", "bool", "int", "float", "None"}  # of a config's fields, checked when read
 PARSE_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # damaged text
 
@@ -82,10 +84,7 @@ def run_cli(main: Callable[[], None]) -> None:
     try:
         main()
     except (InputError, OSError) as error:
-        code = getattr(error, "errno", None)
-        remedy = "; free space, run again" if code in DISK_FULL else ""
-        place = errno.errorcode.get(code) in NO_PLACE
-        remedy = "; mend its permissions or name another place" if place else remedy
+        remedy = DISK_REMEDIES.get(getattr(error, "errno", None), "")
         if not (remedy or isinstance(error, InputError)):
             raise
         print(f"error: {error}{remedy}", file=sys.stderr)
