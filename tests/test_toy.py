@@ -29,11 +29,10 @@ CLOSE, OPEN = 0, 1
 
 
 def scene(blocks, gripper=(0.30, 0.0, 0.15), yaw=0.0, **options):
-    """A world with blocks at given (x, y[, level]), turned straight, and nothing held."""
+    """A world with blocks at given (x, y), turned straight, and nothing held."""
     world = ToyWorld(ToyConfig(blocks=len(blocks), **options), 0)
-    edge = EDGE
-    for i, (x, y, *level) in enumerate(blocks):
-        world.block[i] = x, y, edge / 2 + edge * (level[0] if level else 0), 0
+    for i, (x, y) in enumerate(blocks):
+        world.block[i] = x, y, EDGE / 2, 0
     world.gripper, world.yaw = np.array(gripper, float), yaw
     return world
 
@@ -170,11 +169,10 @@ def test_the_other_block_on_the_plate_is_no_success():
 
 def test_a_block_stacks_rides_along_and_topples():
     world = scene([(0.30, 0.10), (0.30, -0.05)], stack_share=1.0)
-    edge = EDGE
     fetch(world, 0)
     drive(world, (0.30, -0.05, 0.16), CLOSE)
     world.step([0, 0, 0, 0, 0, 0, OPEN])
-    assert world.success and world.block[0, 2] == pytest.approx(1.5 * edge)
+    assert world.success and world.block[0, 2] == pytest.approx(1.5 * EDGE)
     drive(world, (0.30, -0.05, 0.19), OPEN)
     drive(world, (0.30, -0.16, 0.15), CLOSE)
     drive(world, (0.30, -0.16, 0.045), CLOSE)  # the palm stays above the upper block
@@ -182,9 +180,9 @@ def test_a_block_stacks_rides_along_and_topples():
     for _ in range(4):
         world.step([0, 0.02, 0, 0, 0, 0, CLOSE])
     assert world.block[1, 1] > below + 0.005 and world.success  # the upper block rode along
-    world.block[0, :2] = world.block[1, :2] + [0.9 * edge, 0]
+    world.block[0, :2] = world.block[1, :2] + [0.9 * EDGE, 0]
     world.step([0, 0, 0, 0, 0, 0, CLOSE])
-    assert world.block[0, 2] == pytest.approx(edge / 2) and not world.success
+    assert world.block[0, 2] == pytest.approx(EDGE / 2) and not world.success
 
 
 def test_the_arm_stops_on_top_of_a_block():
@@ -304,20 +302,15 @@ def test_frames_change_enough_to_make_copying_poor():
 
 
 def test_switches_change_what_they_say():
-    plain, seeds = ToyConfig(), range(3)
-
     def pictures(**options):
-        return np.stack([ToyWorld(ToyConfig(**options), s).render() for s in seeds])
+        return np.stack([ToyWorld(ToyConfig(**options), seed).render() for seed in range(3)])
 
     base = pictures()
     for options in ({"camera_shift": 10.0}, {"camera_jitter": 0.02}, {"table_variation": 1.0}):
         assert not np.array_equal(pictures(**options), base)
-        assert pictures(**options).shape == base.shape
-        assert not np.array_equal(pictures(**options), base)
     world = ToyWorld(ToyConfig(palette=("yellow", "purple", "pink"), distractors=2), 0)
     assert sorted(world.names[:3]) == ["pink", "purple", "yellow"] and len(world.block) == 5
     assert "stack" in ToyWorld(ToyConfig(stack_share=1.0), 0).goal
-    assert plain == ToyConfig()
 
 
 @pytest.mark.parametrize(
@@ -345,11 +338,12 @@ def test_a_set_is_written_once_exactly_and_never_mixed(tmp_path):
     files = sorted(path.relative_to(folder) for path in folder.rglob("*.*"))
     assert len([f for f in files if f.suffix == ".safetensors"]) == 5
     assert not (tmp_path / ".toy.partial").exists()
-    before = {f: ((folder / f).stat().st_mtime_ns, (folder / f).read_bytes()) for f in files}
-    assert generate_toy(tmp_path, config) == folder
-    assert {
-        f: ((folder / f).stat().st_mtime_ns, (folder / f).read_bytes()) for f in files
-    } == before
+
+    def contents():
+        return {f: ((folder / f).stat().st_mtime_ns, (folder / f).read_bytes()) for f in files}
+
+    before = contents()
+    assert generate_toy(tmp_path, config) == folder and contents() == before
     again = generate_toy(tmp_path / "again", config)
     assert all((again / f).read_bytes() == content for f, (_, content) in before.items())
     with pytest.raises(InputError, match="remove it"):
