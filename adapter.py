@@ -29,9 +29,6 @@ import data
 from data import InputError
 
 GRID = 16  # where the pixel decoder starts: 256x256 frames, 16 pixels a token
-# Layers that only some S-VAEs have; in the others the identity stands there.
-PROGRESSIVE = "enc_norm_high enc_down enc_blocks_mid dec_blocks_mid dec_norm_mid dec_up".split()
-REFINING = "latent_enc_blocks latent_enc_norm latent_dec_blocks latent_dec_norm".split()
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 group_norm = partial(nn.GroupNorm, eps=1e-6)
 
@@ -139,7 +136,7 @@ class TransformerBlock(nn.Module):
 
 
 def make_blocks(count: int, width: int, heads: int, hidden: int) -> nn.Sequential:
-    """Stack transformer blocks."""
+    """Stack transformer blocks; a stack of none is the identity."""
     return nn.Sequential(*(TransformerBlock(width, heads, hidden) for _ in range(count)))
 
 
@@ -211,17 +208,17 @@ class SVAEAdapter(Adapter):
                 f"heads must divide their width: adapter_num_heads {heads} the {D} features (try "
                 f"{most_heads(D, 16)}), adapter_latent_heads {narrow_heads} the {C} of the latent"
             )
-        for name in PROGRESSIVE:
-            self.add_module(name, nn.Identity())
-        mid, layers = D, config.adapter_num_layers
+        mid, mid_heads, layers = D, 1, config.adapter_num_layers
+        mid_norm = mid_linear = nn.Identity  # which takes any sizes
         if config.adapter_progressive:
             mid, layers = config.adapter_mid_dim or int(math.sqrt(D * C)), max(layers - 1, 1)
             mid_heads = config.adapter_mid_heads or most_heads(mid, 16)
             mid = max(mid // mid_heads, 1) * mid_heads
-            self.enc_norm_high, self.enc_down = nn.LayerNorm(D), nn.Linear(D, mid)
-            self.enc_blocks_mid = make_blocks(1, mid, mid_heads, 4 * mid)
-            self.dec_blocks_mid = make_blocks(1, mid, mid_heads, 4 * mid)
-            self.dec_norm_mid, self.dec_up = nn.LayerNorm(mid), nn.Linear(mid, D)
+            mid_norm, mid_linear = nn.LayerNorm, nn.Linear
+        middle = (int(config.adapter_progressive), mid, mid_heads, 4 * mid)
+        self.enc_norm_high, self.enc_down = mid_norm(D), mid_linear(D, mid)
+        self.enc_blocks_mid, self.dec_blocks_mid = make_blocks(*middle), make_blocks(*middle)
+        self.dec_norm_mid, self.dec_up = mid_norm(mid), mid_linear(mid, D)
         self.enc_blocks = make_blocks(layers, D, heads, config.adapter_intermediate_size)
         self.dec_blocks = make_blocks(layers, D, heads, config.adapter_intermediate_size)
         self.enc_norm, self.enc_proj = nn.LayerNorm(mid), nn.Linear(mid, 2 * C)
@@ -229,12 +226,10 @@ class SVAEAdapter(Adapter):
         if config.adapter_pca:
             self.register_buffer("center", torch.zeros(D))
             self.register_buffer("axes", torch.eye(D))
-        for name in REFINING:
-            self.add_module(name, nn.Identity())
-        if config.adapter_latent_layers:
-            narrow = (config.adapter_latent_layers, C, narrow_heads, 4 * C)
-            self.latent_enc_blocks, self.latent_enc_norm = make_blocks(*narrow), nn.LayerNorm(C)
-            self.latent_dec_blocks, self.latent_dec_norm = make_blocks(*narrow), nn.LayerNorm(C)
+        narrow = (config.adapter_latent_layers, C, narrow_heads, 4 * C)
+        narrow_norm = nn.LayerNorm if config.adapter_latent_layers else nn.Identity
+        self.latent_enc_blocks, self.latent_enc_norm = make_blocks(*narrow), narrow_norm(C)
+        self.latent_dec_blocks, self.latent_dec_norm = make_blocks(*narrow), narrow_norm(C)
 
     def posterior(self, z: Tensor) -> tuple[Tensor, Tensor]:
         z = super().posterior(z)[0]
