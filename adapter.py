@@ -259,14 +259,12 @@ class SVAEAdapter(Adapter):
         self.center.copy_(mean), self.axes.copy_(axes)
         sink = 4 * variances.sum().sqrt()
         unit = sink * math.sqrt(2 / len(mean))  # the standard deviation that the norms divide by
+        for name, x in self.named_parameters():
+            if "output.dense" in name or "_proj." in name:  # the ends of blocks, D -> C -> D
+                nn.init.zeros_(x)
         for blocks in (self.enc_blocks, self.dec_blocks):
-            for block in blocks:
-                for layer in (block.attention["output"]["dense"], block.output["dense"]):
-                    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
             blocks[-1].output["dense"].bias[-2:] = torch.stack((sink, -sink))
         scale = variances[: self.latent_dim].clamp_min(1e-6 * variances[0]) ** 0.25
-        for layer in (self.enc_proj, self.dec_proj):
-            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
         self.enc_proj.weight[: len(scale)].fill_diagonal_(1).mul_((unit / scale)[:, None])
         self.enc_proj.bias[len(scale) :] = -4.0  # logvar
         self.dec_proj.weight.fill_diagonal_(1).mul_(scale)
