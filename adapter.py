@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import OrderedDict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -324,14 +323,14 @@ class PixelDecoder(nn.Module):
         self.up_levels = nn.Sequential()
         for i, (inner, n) in enumerate(pairwise([width, *widths])):
             inputs = [inner] + [n] * (config.num_res_blocks - 1)
-            blocks = nn.Sequential(*(ResidualBlock(m, n, config) for m in inputs))
-            level = OrderedDict(blocks=blocks)
+            level = nn.Sequential()
+            level.blocks = nn.Sequential(*(ResidualBlock(m, n, config) for m in inputs))
             if GRID << i in config.attn_resolutions:
-                level["attn"] = SpatialAttention(n, config)
+                level.attn = SpatialAttention(n, config)
             if i < len(widths) - 1:
-                up = OrderedDict(grow=nn.Upsample(scale_factor=2.0), conv=conv3x3(n, n))
-                level["upsample"] = nn.Sequential(up)
-            self.up_levels.append(nn.Sequential(level))
+                level.upsample = nn.Sequential(nn.Upsample(scale_factor=2.0))
+                level.upsample.conv = conv3x3(n, n)
+            self.up_levels.append(level)
         self.norm_out, self.conv_out = group_norm(config.norm_groups, n), conv3x3(n, 3)
 
     def forward(self, u: Tensor) -> Tensor:
