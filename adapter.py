@@ -294,11 +294,10 @@ class SpatialAttention(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in "qkvp")
 
     def forward(self, x: Tensor) -> Tensor:
-        y, heads = self.norm(x), (self.heads, x.shape[1] // self.heads)
-        q, k, v = (
-            f(y).flatten(2).unflatten(1, heads).transpose(2, 3) for f in (self.q, self.k, self.v)
-        )  #                                                                     (N, heads, HW, -)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
+        y = self.norm(x)
+        parts = (f(y).flatten(2) for f in (self.q, self.k, self.v))
+        q, k, v = (part.unflatten(1, (self.heads, -1)).mT for part in parts)  #  (N, heads, HW, -)
+        y = F.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape)
         return x + self.proj_out(y)
 
 
